@@ -1,0 +1,67 @@
+# Every target builds what it needs. All paths are relative, so a clone may lie in a folder with spaces.
+.DEFAULT_GOAL := help
+.PHONY: help run play check ingest preprocess fe tune train evaluate test clean
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+SHELL := /bin/sh
+
+VENV := .venv/bin/python
+# the first Python that is new enough and can make an environment; PYTHON=... chooses another
+PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3 python; do \
+	"$$p" -c "import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))" \
+	>/dev/null 2>&1 && { echo "$$p"; break; }; done)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help:
+	@echo "make play    the dashboard, playing the model that ships"
+	@echo "make run     the whole pipeline: a trained model, a report, MIDI files"
+	@echo "make check   every test"
+	@echo "make ingest | preprocess | fe | tune | train | evaluate | test    one stage, and what it needs"
+	@echo "make clean   remove what the pipeline made (.venv stays)"
+
+.venv/made:
+	@test -n "$(PYTHON)" || { echo "MusicGen needs Python 3.11, 3.12 or 3.13 with its venv module, and none \
+	was found (on Debian and Ubuntu: apt-get install python3 python3-venv)." >&2; exit 1; }
+	@"$(PYTHON)" -c "import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))" || \
+	{ echo "$(PYTHON) cannot be used: MusicGen needs Python 3.11, 3.12 or 3.13 with its venv module." >&2; exit 1; }
+	@echo "making .venv with $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv .venv && touch $@
+
+# install LIST-OF-EXTRAS: the package itself stays editable; versions come from constraints.txt
+define install
+@echo "installing MusicGen$(1) into .venv: the first time this takes some minutes"
+@$(VENV) -m pip install -q -c constraints.txt -e ".$(1)" || { echo "The installation did not succeed: see \
+the lines above; make needs a package index that pip can reach, and goes on where it stopped when it is \
+called again." >&2; exit 1; }
+@touch $@
+endef
+
+.venv/play-ready: .venv/made pyproject.toml constraints.txt
+	$(call install,)
+.venv/run-ready: .venv/made pyproject.toml constraints.txt
+	$(call install,[train])
+.venv/check-ready: .venv/made pyproject.toml constraints.txt
+	$(call install,[train$(comma)dev])
+comma := ,
+
+run: .venv/run-ready
+	@$(VENV) run_pipeline.py
+
+play: .venv/play-ready
+	@$(VENV) -m voila dashboards/generate.ipynb
+
+ingest preprocess tune train evaluate test: .venv/run-ready
+	@$(VENV) run_pipeline.py $@
+fe: .venv/run-ready
+	@$(VENV) run_pipeline.py features
+
+# pytest comes last, so that its closing line is the last one; a failing notebook fails the check too
+check: .venv/check-ready
+	@echo "notebooks: every cell of every room"; \
+	$(VENV) -c "from nbdev.test import nbdev_test; nbdev_test()" --path nbs --n_workers 2; notebooks=$$?; \
+	$(VENV) -m pytest tests; tests=$$?; \
+	test $$notebooks -eq 0 || echo "make check: a notebook fails; its name and its error stand above." >&2; \
+	test $$notebooks -eq 0 -a $$tests -eq 0
+
+clean:
+	rm -rf artifacts data/external data/raw data/interim data/processed

@@ -1,0 +1,32 @@
+"""What several tests share: the repository, a copy of it, a browser."""
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    "The folder of this repository."
+    return REPO
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    "No setting of the person who runs the tests leaks into them."
+    ours = [n for n in os.environ if n.startswith("MUSICGEN_") and n != "MUSICGEN_BROWSER_REQUIRED"]
+    for name in ours: monkeypatch.delenv(name)
+    monkeypatch.delenv("IN_TEST", raising=False)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    "The path of a Chromium; without one the test is skipped, and in CI it fails."
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    if found := next(filter(None, map(shutil.which, names)), None): return found
+    told = "no chromium on this machine (Debian and Ubuntu: apt-get install chromium)"
+    if os.environ.get("CI") or os.environ.get("MUSICGEN_BROWSER_REQUIRED"): pytest.fail(told)
+    pytest.skip(told)

@@ -1,0 +1,173 @@
+"""The rules of the house: what stands where, and that what is written down is what there is."""
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import run_pipeline  # noqa: E402
+
+REPO = run_pipeline.HERE
+NOTEBOOKS = sorted((REPO / "nbs").glob("*.ipynb"))
+ROOMS = {p.stem[3:]: int(p.stem[:2]) for p in NOTEBOOKS}  # module -> number
+SHEET = yaml.safe_load((REPO / "pipeline.yaml").read_text())["stages"]
+LIMIT = 200_000  # bytes of stored outputs in one notebook
+
+
+def cells(path: Path, kind: str = "code") -> list[dict]:
+    "The cells of one kind, the source of each as one text."
+    found = json.loads(path.read_text("utf-8"))["cells"]
+    return [c | {"source": "".join(c["source"])} for c in found if c["cell_type"] == kind]
+
+
+def code(cell: dict) -> str:
+    "The cell as plain Python: lines of IPython magic are left out."
+    return "".join(line for line in cell["source"].splitlines(True) if line[:1] not in "%!")
+
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+@each_notebook
+def test_a_notebook_is_a_room(path):
+    "Its name, its module, its title, its kernel; no cell exports the package during a run."
+    assert re.fullmatch(r"\d\d_[a-z]+", path.stem)
+    told = [c["source"] for c in cells(path) if "#| default_exp" in c["source"]]
+    assert len(told) == 1 and re.search(r"#\| default_exp (\w+)", told[0])[1] == path.stem[3:]
+    assert cells(path, "markdown")[0]["source"].startswith("# "), "it opens with a title"
+    assert json.loads(path.read_text())["metadata"]["kernelspec"]["name"] == "python3"
+    assert not any("nbdev_export(" in c["source"] for c in cells(path))
+
+
+def test_numbers_and_modules_are_unique_and_complete():
+    numbers = [p.stem[:2] for p in NOTEBOOKS]
+    assert len(set(numbers)) == len(numbers) and len(ROOMS) == len(NOTEBOOKS)
+    modules = {p.stem for p in (REPO / "musicgen").glob("*.py")} - {"__init__", "_modidx"}
+    exporting = {p.stem[3:] for p in NOTEBOOKS if any("#| export" in c["source"] for c in cells(p))}
+    assert modules == exporting
+
+
+@each_notebook
+def test_imports_point_down(path):
+    "A room imports lower numbers only, in its exported cells and in its lessons."
+    for cell in cells(path):
+        for room in run_pipeline.rooms_in(code(cell)) & ROOMS.keys():
+            told = f"{path.stem} imports {room}:\n{cell['source']}"
+            assert ROOMS[room] < int(path.stem[:2]), told
+
+
+@each_notebook
+def test_imports_are_explicit(path):
+    "No star import of our own rooms, no relative import, no postponed annotations."
+    for cell in cells(path):
+        for node in ast.walk(ast.parse(code(cell))):
+            if not isinstance(node, ast.ImportFrom): continue
+            assert node.level == 0 and node.module != "__future__", cell["source"]
+            if (node.module or "").startswith("musicgen"): assert node.names[0].name != "*"
+
+
+@each_notebook
+def test_no_path_is_relative(path):
+    "nbdev runs a notebook in its folder, papermill does not: a path comes from a Layout."
+    relative = re.compile(r"""(?:open|Path|read_csv|np\.load)\(\s*f?["'](?!/|~|["'])"""
+                          r"""(?:\.|nbs|data/|artifacts/|tests/)""")
+    for cell in cells(path):
+        assert not relative.search(cell["source"]), cell["source"]
+
+
+@each_notebook
+def test_outputs_are_small_and_silent(path):
+    size = sum(len(json.dumps(c.get("outputs", []))) for c in cells(path))
+    assert size < LIMIT, f"{path.stem} stores {size:,} bytes of outputs, above {LIMIT:,}"
+    kinds = {kind for c in cells(path) for o in c["outputs"] for kind in o.get("data", ())}
+    assert not {kind for kind in kinds if kind.startswith("audio/")}
+    shown = "".join(json.dumps(o.get("data", {})) for c in cells(path) for o in c["outputs"])
+    assert "data:audio" not in shown, "audio is never stored in a notebook"
+    errors = [o for c in cells(path) for o in c["outputs"] if o["output_type"] == "error"]
+    assert not errors, f"{path.stem} is stored with an error"
+
+
+@each_notebook
+def test_no_exception_is_swallowed(path):
+    for cell in cells(path):
+        for node in ast.walk(ast.parse(code(cell))):
+            if not isinstance(node, ast.ExceptHandler): continue
+            assert node.type is not None, f"a bare except:\n{cell['source']}"
+            broad = getattr(node.type, "id", "") in ("Exception", "BaseException")
+            idle = all(isinstance(step, (ast.Pass, ast.Continue)) for step in node.body)
+            assert not (broad and idle), f"a swallowed exception:\n{cell['source']}"
+
+
+def test_the_sheet_fits_the_notebooks():
+    "Stage = notebook = module, in running order, and its parameters are those of the notebook."
+    stages = run_pipeline.read_stages(REPO / "pipeline.yaml")
+    names = ["ingest", "preprocess", "features", "tune", "train", "evaluate", "test"]
+    assert [s.name for s in stages] == names
+    assert [s.notebook.stem[3:] for s in stages] == names
+    assert [s.notebook for s in stages] == sorted(s.notebook for s in stages)
+
+
+@pytest.mark.parametrize("name", SHEET)
+def test_the_parameters_are_what_papermill_sees(name):
+    "The conductor's reading of a parameters cell is papermill's own; root comes first, empty."
+    from papermill import inspect_notebook
+    path = REPO / SHEET[name]["notebook"]
+    seen = inspect_notebook(str(path))
+    quick = run_pipeline.parameters_of(path)
+    assert {k: v["inferred_type_name"].replace(" ", "") for k, v in seen.items()} == \
+        {k: v.replace(" ", "") for k, v in quick.items()}
+    assert next(iter(seen)) == "root" and seen["root"]["default"] == '""'
+    for parameter in seen.values(): assert parameter["help"], f"{parameter['name']} has no help"
+
+
+@pytest.mark.parametrize("command", ["nbdev_export", "nbdev_clean"])
+def test_clean_and_export_change_nothing(command, tmp_path):
+    "The modules are what the notebooks export, and the notebooks are clean: byte for byte."
+    home = tmp_path / "a copy"
+    home.mkdir()
+    for name in ("pyproject.toml", "README.md", "settings.ini"): shutil.copy(REPO / name, home)
+    for name in ("nbs", "musicgen"):
+        shutil.copytree(REPO / name, home / name,
+                        ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    before = {p.relative_to(home): p.read_bytes() for p in home.rglob("*") if p.is_file()}
+    module = dict(nbdev_export="doclinks", nbdev_clean="clean")[command]
+    call = [sys.executable, "-B", "-c", f"from nbdev.{module} import {command}; {command}()"]
+    done = subprocess.run(call, cwd=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    after = {p.relative_to(home): p.read_bytes() for p in home.rglob("*") if p.is_file()}
+    after = {p: content for p, content in after.items() if "__pycache__" not in p.parts}
+    changed = sorted(str(p) for p in before.keys() | after if before.get(p) != after.get(p))
+    assert not changed, f"{command} changes {', '.join(changed)}: run it and commit what it writes"
+
+
+def test_the_playing_wing_imports_no_torch():
+    "The rooms that the dashboard, the API and the shell command stand on import without torch."
+    rooms = [r for r in ("generate", "serve", "panel", "cli") if r in ROOMS]
+    heavy = ["torch", "pandas", "papermill", "music21"]
+    call = (f"import sys\nfor room in {rooms}: __import__('musicgen.' + room)\n"
+            f"print([name for name in {heavy} if name in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", call], cwd=REPO, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_the_top_level_stands():
+    for name in ("nbs", "musicgen", "pipeline.yaml", "run_pipeline.py", "dashboards", "data",
+                 "tests", "settings.ini", "pyproject.toml", "constraints.txt", "Makefile",
+                 ".ci/run", "README.md", "LICENSE", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md"):
+        assert (REPO / name).exists(), f"{name} is missing"
+
+
+def test_the_settings_file_holds_the_built_in_values():
+    "settings.ini names every setting, with the value that holds without the file."
+    from musicgen.core import SETTINGS, Layout, read_settings
+    import configparser
+    ini = configparser.ConfigParser(interpolation=None)
+    ini.read(REPO / "settings.ini")
+    assert {s: set(ini[s]) for s in ini.sections()} == {s: set(k) for s, k in SETTINGS.items()}
+    assert read_settings(Layout(REPO)).values == SETTINGS
