@@ -278,7 +278,7 @@ class Run:
         try:
             with kernel_log(log):
                 papermill.execute_notebook(
-                    braced(stage.notebook), braced(running), given, kernel_name="python3",
+                    job(stage.notebook), braced(running), given, kernel_name="python3",
                     cwd=str(self.home), progress_bar=False, iopub_timeout=60, stdout_file=window,
                     on_cell_start=window.at_cell,
                     timeout_func=lambda cell: max(0.1, deadline - time.monotonic()))
@@ -332,8 +332,29 @@ class Run:
                           '--instruments "Violin,Cello" --bars 16 --seed 7 -o out.mid'])
 
 
+def job(notebook: Path):
+    """The notebook as it runs: its title, the cells that define things, and all from the heading
+    before its parameters on. A run neither waits for the lessons nor fails by them."""
+    import nbformat
+    book = nbformat.read(notebook, 4)
+    run = next(k for k, cell in enumerate(book.cells) if is_parameters(cell))
+    prose = [k for k, cell in enumerate(book.cells) if cell["cell_type"] == "markdown" and k < run]
+    kept = {*prose[:1], *prose[-1:]}
+    book.cells = [c for k, c in enumerate(book.cells) if k >= run or k in kept or defines(c)]
+    return book
+
+
+def defines(cell) -> bool:
+    "Whether a cell is exported, or does nothing but import and define."
+    if cell["cell_type"] != "code": return False
+    if any(line.startswith("#| export") for line in cell["source"].splitlines()): return True
+    try: body = ast.parse(cell["source"]).body
+    except SyntaxError: return False
+    return all(isinstance(n, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)) for n in body)
+
+
 class Window:
-    "The terminal as a running notebook sees it: its Run cells print there, its lessons do not."
+    "The terminal as a running notebook sees it: its Run cells print there, its definitions do not."
 
     def __init__(self): self.open = False
 

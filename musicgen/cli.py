@@ -14,8 +14,9 @@ from pathlib import Path
 
 from . import __version__
 from .core import Layout, Refusal, write_atomic
-from .generate import (ModelMissing, Request, Studio, Take, generate, instruments, open_studio,
-                               regenerate, verify)
+from .generate import (ModelMissing, Request, Studio, Take, generate, instruments,
+                               open_studio, regenerate, verify)
+from .preprocess import scan_files
 from .render import AUDIO, caption, encode_audio, roll_png, synthesize
 
 # %% ../nbs/19_cli.ipynb #1e30cb97
@@ -30,27 +31,32 @@ class _Parser(argparse.ArgumentParser):
 def _add_request(parser: argparse.ArgumentParser):
     "One option for each field of a request."
     for field in Request.spec():
-        words = [field["help"]]
+        words, low, high, default = [field["help"]], field["low"], field["high"], field["default"]
         if field["choices"]: words.append(f"one of {', '.join(field['choices'])}")
-        elif field["low"] is not None and field["type"] != "list":
-            words.append(f"{field['low']} to {field['high']}")
-        default = field["default"]
-        default = ", ".join(default) if field["type"] == "list" else default
-        if default != "": words.append(f"default: {default}")
-        kind = dict(list="NAMES", int="N", float="X", str="TEXT")[field["type"]]
-        parser.add_argument("--" + field["name"].replace("_", "-"), dest=field["name"], metavar=kind,
-                            default=argparse.SUPPRESS, help="; ".join(words).replace("%", "%%"))
+        elif low is not None and field["type"] != "list":
+            words.append(f"{_number(low)} to {_number(high)}")
+        if default != "": words.append(f"default: {_number(default)}")
+        parser.add_argument(
+            "--" + field["name"].replace("_", "-"), dest=field["name"], default=argparse.SUPPRESS,
+            metavar=dict(list="NAMES", int="N", float="X", str="TEXT")[field["type"]],
+            help="; ".join(words).replace("%", "%%"))
+
+def _number(value) -> str:
+    "A value as a person writes it: 96, not 96.0."
+    if isinstance(value, list): return ", ".join(value)
+    return str(value).removesuffix(".0")
 
 def _request(args: argparse.Namespace) -> Request:
     "The request in the options; what is not said is left to `Request`."
-    given = {f["name"]: getattr(args, f["name"]) for f in Request.spec() if hasattr(args, f["name"])}
-    return Request.from_dict(given)
+    names = [field["name"] for field in Request.spec()]
+    return Request.from_dict({name: getattr(args, name) for name in names if hasattr(args, name)})
 
 # %% ../nbs/19_cli.ipynb #32ed5fae
 def _parser() -> argparse.ArgumentParser:
     "The whole grammar of the shell."
-    parser = _Parser(prog="musicgen", description="Music from a shell: MIDI files for the parts, bars and tempo you ask for.",
-                     epilog="exit status: 0 done, 1 verify says no, 2 refused, 3 no model, 130 stopped")
+    parser = _Parser(
+        prog="musicgen", description="MIDI files with the parts, bars and tempo you ask for.",
+        epilog="exit status: 0 done, 1 verify says no, 2 refused, 3 no model, 130 stopped")
     parser.add_argument("--version", action="version", version=f"musicgen {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     def command(name, does, help, *shared):
@@ -60,11 +66,16 @@ def _parser() -> argparse.ArgumentParser:
     root, told, places = _shared()
     asks = command("generate", _generate, "make music and write it", root, told, places)
     _add_request(asks)
-    asks.add_argument("-o", "--out", metavar="FILE", default="out.mid", help="the MIDI file; default: out.mid; several takes: out-1.mid, out-2.mid ...")
-    again = command("regenerate", _regenerate, "make a file of ours again, byte for byte, from its receipt", root, told, places)
+    asks.add_argument("-o", "--out", metavar="FILE", default="out.mid",
+                      help="the MIDI file; default: out.mid; of several: out-1.mid, out-2.mid")
+    again = command("regenerate", _regenerate,
+                    "make a file of ours again, byte for byte, from its receipt",
+                    root, told, places)
     again.add_argument("file", metavar="FILE", help="a MIDI file that musicgen made")
-    again.add_argument("-o", "--out", metavar="FILE", help="the MIDI file; default: FILE-again.mid; never FILE itself")
-    ours = command("verify", _verify, "say whether a file is ours, and which bars were edited", root, told)
+    again.add_argument("-o", "--out", metavar="NEW",
+                       help="the MIDI file; default: FILE-again.mid; never FILE itself")
+    ours = command("verify", _verify, "say whether a file is ours, and which bars were edited",
+                   root, told)
     ours.add_argument("file", metavar="FILE", help="a MIDI file")
     command("instruments", _instruments, "list who can play", told)
     return parser
@@ -72,9 +83,11 @@ def _parser() -> argparse.ArgumentParser:
 def _shared() -> list[argparse.ArgumentParser]:
     "Options of several commands: the root, the form of the answer, further files."
     root, told, places = (argparse.ArgumentParser(add_help=False) for _ in range(3))
-    root.add_argument("--root", metavar="DIR", help="the folder whose model plays; default: the project around here")
+    root.add_argument("--root", metavar="DIR",
+                      help="the folder whose model plays; default: the project around here")
     told.add_argument("--json", action="store_true", help="answer with JSON on the standard output")
-    places.add_argument("--audio", metavar="FILE", help=f"write the sound too: .{', .'.join(AUDIO)}")
+    places.add_argument("--audio", metavar="FILE",
+                        help=f"write the sound too: .{', .'.join(AUDIO)}")
     places.add_argument("--roll", metavar="FILE", help="draw the piano roll too: .png")
     return root, told, places
 
@@ -87,7 +100,8 @@ def _places(args: argparse.Namespace, takes: int) -> list[dict[str, Path]]:
         if not given: continue
         path = Path(given).expanduser()
         if path.suffix.lower().lstrip(".") not in endings:
-            raise Refusal(f"the {kind} file {path.name!r} does not end in .{' or .'.join(endings)}")
+            raise Refusal(
+                f"the {kind} file {path.name!r} does not end in .{' or .'.join(endings)}")
         for k in range(takes):
             found[k][kind] = path.with_stem(f"{path.stem}-{k + 1}") if takes > 1 else path
     return found
@@ -95,13 +109,14 @@ def _places(args: argparse.Namespace, takes: int) -> list[dict[str, Path]]:
 # %% ../nbs/19_cli.ipynb #45209bc0
 def _write(takes: list[Take], places: list[dict[str, Path]], as_json: bool):
     "Writes the files of the takes and says so: a line a file, or the reports as JSON."
-    for take, place in zip(takes, places):
+    reports = []
+    for take, place in zip(takes, places, strict=True):
         for kind, path in place.items():
             write_atomic(path, _content(take, kind, path))
-            if not as_json: print(f"{path}: {caption(take.score)}" if kind == "midi" else path, flush=True)
-    if as_json:
-        print(json.dumps([take.report | dict(files={k: str(p) for k, p in place.items()})
-                          for take, place in zip(takes, places)], indent=1))
+            what = f": {caption(take.score)}" if kind == "midi" else ""
+            if not as_json: print(f"{path}{what}", flush=True)
+        reports.append(take.report | dict(files={kind: str(path) for kind, path in place.items()}))
+    if as_json: print(json.dumps(reports, indent=1))
 
 def _content(take: Take, kind: str, path: Path) -> bytes:
     "The bytes of one file of a take."
@@ -118,6 +133,7 @@ def _progress():
         print(f"\rbar {done} of {bars}{end}", end="", file=sys.stderr, flush=True)
     return on_bar
 
+# %% ../nbs/19_cli.ipynb #59d6ab11
 def _generate(args: argparse.Namespace) -> int:
     request = _request(args)
     places = _places(args, request.takes)
@@ -126,9 +142,11 @@ def _generate(args: argparse.Namespace) -> int:
 
 # %% ../nbs/19_cli.ipynb #8ca71733
 def _read(name: str) -> bytes:
-    "The bytes of a file that was named."
+    "The bytes of a MIDI file, after another process has survived reading it."
     path = Path(name).expanduser()
     if not path.is_file(): raise Refusal(f"{name} is not a file")
+    [(_, row)] = scan_files([path], workers=1)
+    if "reason" in row: raise Refusal(f"{name} {row['reason']}")
     return path.read_bytes()
 
 def _regenerate(args: argparse.Namespace) -> int:
@@ -138,7 +156,8 @@ def _regenerate(args: argparse.Namespace) -> int:
     places = _places(args, 1)
     for path in places[0].values():
         if path.exists() and path.samefile(source):
-            raise Refusal(f"{path} is the file to make again, and is never written over; name another with -o")
+            raise Refusal(f"{path} is the file to make again, and is never written over; "
+                          "name another with -o")
     _write([regenerate(open_studio(Layout(args.root)), data)], places, args.json)
     return 0
 
@@ -154,8 +173,10 @@ def _edited(found: dict) -> str:
     "Which bars of a file of ours were changed, in words."
     if found["verdict"] != "ours, edited": return ""
     bars = ", ".join(map(str, found["bars"]))
-    return f": {'bar' if len(found['bars']) == 1 else 'bars'} {bars}" if bars else ": its parts, tempo or metre"
+    if not bars: return ": its parts, tempo or metre"
+    return f": {'bar' if len(found['bars']) == 1 else 'bars'} {bars}"
 
+# %% ../nbs/19_cli.ipynb #8c3ca878
 def _studio_or_none(root: str | None) -> Studio | None:
     "The studio of a root; without a model, a file can still be ours."
     try: return open_studio(Layout(root))
@@ -164,7 +185,10 @@ def _studio_or_none(root: str | None) -> Studio | None:
 def _instruments(args: argparse.Namespace) -> int:
     found = instruments()
     if args.json: print(json.dumps(found, indent=1))
-    else: print("\n".join(f"{'' if i['name'] == 'Drums' else i['program']:>3}  {i['name']:<24} {i['family']}" for i in found))
+    else:
+        for i in found:
+            number = "" if i["name"] == "Drums" else i["program"]
+            print(f"{number:>3}  {i['name']:<24} {i['family']}")
     return 0
 
 # %% ../nbs/19_cli.ipynb #e7630247
@@ -184,12 +208,15 @@ def main(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as e: return _told(f"{e.filename2 or e.filename or 'a file'}: {e.strerror or e}", 2)
+    except OSError as e:
+        return _told(f"{e.filename2 or e.filename or 'a file'}: {e.strerror or e}", 2)
 
 def _told(sentence: str, status: int) -> int:
     "The status, the sentence having been said on a line of its own."
-    print(("\r\033[K" if sys.stderr.isatty() else "") + f"musicgen: {sentence}", file=sys.stderr)
+    clear = "\r\033[K" if sys.stderr.isatty() else ""
+    print(f"{clear}musicgen: {sentence}", file=sys.stderr)
     return status
 
 # %% ../nbs/19_cli.ipynb #3af9c4d6
-if __name__ == "__main__" and __package__ == "musicgen": raise SystemExit(main())   # python -m musicgen.cli
+if __name__ == "__main__" and __package__ == "musicgen":   # python -m musicgen.cli
+    raise SystemExit(main())

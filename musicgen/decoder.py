@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from .core import Refusal
-from .features import KNOWN, Tables
+from .features import KNOWN, NO_PITCH, Tables
+from .score import PITCHES
 from .tokens import FIELDS, Vocab
 
 # %% ../nbs/13_decoder.ipynb #29237c2a
@@ -78,6 +79,7 @@ class Decoder:
         self.state = np.ascontiguousarray(np.concatenate([weights[f"heads.{f}.state.weight"] for f in FIELDS]).T)
         self.state_bias = np.concatenate([weights[f"heads.{f}.state.bias"] for f in FIELDS])
         self.parts = weights["parts.weight"]
+        self.interval = np.ascontiguousarray(weights["interval.weight"].T)
         self.hidden = cells[0]["weight_hh"].shape[1]
         self.start(1, np.zeros(0, np.int64))
 
@@ -104,7 +106,14 @@ class Decoder:
         head, z = self.heads[field], self.says[field]
         if head.known is not None: z = z + head.known[chosen[:, :KNOWN[field]]].sum(1)
         if head.hears is not None: z = z + held.astype(np.float32) @ head.hears
-        return np.maximum(z, 0) @ head.out + head.bias
+        z = np.maximum(z, 0)
+        return z @ head.out + head.bias + (self._intervals(z, chosen[:, 5]) if field == "pitch" else 0)
+
+    def _intervals(self, z: np.ndarray, latest: np.ndarray) -> np.ndarray:
+        "(n, 128) scores of pitches by their interval from the pitch that the part played last."
+        latest, steps = latest - self.tables.chosen_at[5], z @ self.interval
+        at = np.arange(PITCHES) - latest[:, None] + PITCHES - 1
+        return np.take_along_axis(steps, np.clip(at, 0, 2 * PITCHES - 2), 1) * (latest < NO_PITCH)[:, None]
 
     def part_scores(self, chosen: np.ndarray, held: np.ndarray, parts: np.ndarray) -> np.ndarray:
         "(n, p) scores of pointing at each part, from the (n, p, 4) ids that describe them."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INDEX', 'METRES', 'CONTROLS', 'BARS_LEFT', 'RANKS', 'NOBODY', 'NO_PITCH', 'BEATS', 'SEEN', 'NOW', 'AWAY', 'UNHEARD',
-           'SILENT', 'PAUSED', 'READY', 'BUSY', 'KNOWN', 'Piece', 'make_piece', 'corpus_hash', 'Corpus', 'write_corpus',
-           'write_features', 'write_example', 'controls', 'ensemble', 'places', 'Sight', 'look', 'Ids', 'Tables']
+           'SILENT', 'PAUSED', 'READY', 'BUSY', 'KNOWN', 'Piece', 'make_piece', 'away', 'at_home', 'Corpus',
+           'write_corpus', 'write_features', 'write_example', 'controls', 'ensemble', 'Sight', 'look', 'Ids', 'Tables']
 
 # %% ../nbs/08_features.ipynb #3b0c5af4
 import csv
@@ -39,6 +39,23 @@ def make_piece(score: Score, vocab: Vocab, name: str = "", dataset: str = "") ->
     "The piece of a score, with its key and density measured."
     return Piece(name, dataset, score.header, encode(score, vocab), find_key(score), density(score))
 
+# %% ../nbs/08_features.ipynb #f4498201
+def away(key: str) -> int:
+    "Semitones from home to a key of `KEYS`, -5 to 6, the nearest way; 0 where there is no key."
+    if not key: return 0
+    tonic = KEYS.index(key) % 12 - 9 * (KEYS.index(key) >= 12)
+    return (tonic + 5) % 12 - 5
+
+def at_home(piece: Piece) -> Piece:
+    "The piece in C major or A minor; as it is where it has no key, or would leave the keyboard."
+    drums = np.array([p.is_drums for p in piece.header.parts] or [True])
+    mine = (piece.rows[:, DURATION] > 0) & ~drums[piece.rows[:, PART] * (piece.rows[:, DURATION] > 0)]
+    moved = piece.rows[mine, PITCH].astype(np.int64) - away(piece.key)
+    if not len(moved) or moved.min() < 0 or moved.max() >= PITCHES: return piece
+    rows = piece.rows.copy()
+    rows[mine, PITCH] = moved
+    return piece._replace(rows=rows, key=piece.key and KEYS[9 + 12 if KEYS.index(piece.key) >= 12 else 0])
+
 # %% ../nbs/08_features.ipynb #cbbcca9b
 def _header_text(header: Score) -> str:
     return json.dumps(dict(parts=[list(p) for p in header.parts], ticks=header.ticks, tempos=header.tempos.tolist(),
@@ -52,7 +69,7 @@ def _header_from(text: str) -> Score:
 # %% ../nbs/08_features.ipynb #e2ec8108
 INDEX = ("name", "dataset", "split", "start", "stop", "key", "density", "licence", "header", "corpus")
 
-def corpus_hash(rows: np.ndarray, vocab: Vocab) -> str:
+def _corpus_hash(rows: np.ndarray, vocab: Vocab) -> str:
     "A short name for these rows under this vocabulary."
     return hashlib.sha256(vocab.hash.encode() + np.ascontiguousarray(rows).data).hexdigest()[:16]
 
@@ -65,7 +82,7 @@ class Corpus:
         self.vocab = Vocab.load(layout.vocab)
         self.rows = np.load(layout.corpus, mmap_mode="r")
         with open(layout.index, newline="", encoding="utf-8") as f: self.lines = list(csv.DictReader(f))
-        self.hash = corpus_hash(self.rows, self.vocab)
+        self.hash = _corpus_hash(self.rows, self.vocab)
         if any(line["corpus"] != self.hash for line in self.lines):
             raise Refusal(f"{layout.index} is the index of another corpus; run the features stage again")
 
@@ -91,7 +108,7 @@ def write_corpus(
     "Vocabulary, packed rows, originality index of the training split, and last, the index that vouches for them."
     rows = np.concatenate([p.rows for p in pieces]) if pieces else np.zeros((0, 5), np.uint8)
     stops = np.cumsum([len(p.rows) for p in pieces])
-    name = corpus_hash(rows, vocab)
+    name = _corpus_hash(rows, vocab)
     layout.index.unlink(missing_ok=True)
     vocab.save(layout.vocab)
     write_atomic(layout.corpus, lambda path: _save_array(path, rows))
@@ -187,7 +204,7 @@ def ensemble(parts: tuple[Part, ...]) -> np.ndarray:
 # %% ../nbs/08_features.ipynb #ba52af40
 BEATS = 16  # quarters of a bar that are told apart
 
-def places(steps: np.ndarray, header: Score, vocab: Vocab, until: int) -> tuple[np.ndarray, np.ndarray]:
+def _places(steps: np.ndarray, header: Score, vocab: Vocab, until: int) -> tuple[np.ndarray, np.ndarray]:
     "For each grid step: (n, 2) beat and step within the beat, and (n,) its bar, counted from 0."
     lines = _grid_lines(header, vocab, until)
     bar = np.searchsorted(lines, steps, side="right") - 1
@@ -255,7 +272,7 @@ def look(
     sounds = rows[:, SHIFT] <= vocab.longest
     at = np.append(onsets, onsets[-1] if n else 0)                      # of each row; the end stays where it is
     before = np.append(0, onsets)                                       # of the row before
-    place, bar = places(at, piece.header, vocab, int(at[-1]))
+    place, bar = _places(at, piece.header, vocab, int(at[-1]))
     bars = int(bar.max()) + 1 if bars is None else bars
     last = _last_rows(rows[:, PART], sounds, parts)
     padded = np.concatenate([rows, np.zeros((1, 5), np.int64)])

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['NICKNAMES', 'MAX_PARTS', 'MOST_HELD', 'LONGEST_SILENCE', 'DRUM_RANGE', 'BUSY_BAR', 'NEW_STEP', 'find_program',
-           'instruments', 'ask', 'Request', 'ModelMissing', 'Studio', 'open_studio', 'Band', 'may_shift', 'may_play',
-           'may_last', 'advance', 'enter', 'Stopped', 'Player', 'bar_hashes', 'head_hash', 'read_receipt', 'Take',
+           'instruments', 'Request', 'ModelMissing', 'Studio', 'open_studio', 'Stopped', 'read_receipt', 'Take',
            'generate', 'regenerate', 'verify']
 
 # %% ../nbs/14_generate.ipynb #06a96532
@@ -22,7 +21,7 @@ import numpy as np
 from . import __version__
 from .core import Layout, Refusal, read_settings
 from .decoder import Decoder, read_weights, sample
-from .features import (AWAY, BARS_LEFT, BEATS, NO_PITCH, NOBODY, Tables, _states, controls, ensemble)
+from .features import (AWAY, BARS_LEFT, BEATS, NO_PITCH, NOBODY, Tables, _states, away, controls, ensemble)
 from .metrics import density as density_of
 from .metrics import find_key, parse_key, KEYS
 from .originality import OriginalityIndex
@@ -35,14 +34,14 @@ NICKNAMES = {
     "piano": 0, "grand piano": 0, "keys": 4, "electric piano": 4, "rhodes": 4, "organ": 16, "pipe organ": 19, "hammond": 16,
     "guitar": 24, "acoustic guitar": 24, "nylon guitar": 24, "steel guitar": 25, "electric guitar": 27, "jazz guitar": 26,
     "clean guitar": 27, "distorted guitar": 30, "bass": 33, "bass guitar": 33, "electric bass": 33, "upright bass": 32,
-    "double bass": 32, "contrabass": 43, "slap bass": 36, "synth bass": 38, "strings": 48, "string section": 48, "harp": 46,
-    "choir": 52, "vocals": 53, "voice": 53, "horn": 60, "french horn": 60, "sax": 66, "saxophone": 66, "recorder": 74,
-    "tin whistle": 78, "synth": 80, "lead": 80, "synth lead": 80, "pad": 88, "synth pad": 88, "fiddle": 40, "vibes": 11,
+    "double bass": 32, "slap bass": 36, "synth bass": 38, "strings": 48, "string section": 48, "harp": 46,
+    "choir": 52, "vocals": 53, "voice": 53, "horn": 60, "sax": 66, "saxophone": 66,
+    "tin whistle": 78, "synth": 80, "lead": 80, "synth lead": 80, "pad": 88, "synth pad": 88, "vibes": 11,
     "bagpipes": 109, "brass": 61, "woodwind": 73, "reed": 71, "pipe": 73, "ethnic": 104, "percussive": 114,
     "chromatic percussion": 12, "ensemble": 48, "synth effects": 96, "sound effects": 122,
     "drums": DRUMS, "drum": DRUMS, "drum kit": DRUMS, "drumkit": DRUMS, "kit": DRUMS, "percussion": DRUMS}
 
-_BY_NAME = {name.lower(): k for k, name in enumerate(GM)} | NICKNAMES
+_BY_NAME = NICKNAMES | {name.lower(): k for k, name in enumerate(GM)}
 
 # %% ../nbs/14_generate.ipynb #0379adf9
 def find_program(
@@ -67,7 +66,7 @@ def instruments() -> list[dict]:
 # %% ../nbs/14_generate.ipynb #97a0ae07
 MAX_PARTS = 16
 
-def ask(default, help: str, low=None, high=None, choices: tuple = ()):
+def _ask(default, help: str, low=None, high=None, choices: tuple = ()):
     "A field of a request: what it is if nobody says, how far it goes, what it means."
     made = dict(default_factory=lambda: list(default)) if isinstance(default, list) else dict(default=default)
     return field(metadata=dict(help=help, low=low, high=high, choices=choices), **made)
@@ -76,18 +75,18 @@ def ask(default, help: str, low=None, high=None, choices: tuple = ()):
 @dataclass
 class Request:
     "What a musician may ask."
-    instruments: list[str] = ask(["Acoustic Grand Piano"], "who plays, one part each, from top to bottom", 1, MAX_PARTS)
-    bars: int = ask(8, "how many bars", 1, 64)
-    tempo: float = ask(96.0, "quarter notes per minute", 30.0, 300.0)
-    time_signature: str = ask("4/4", "beats to the bar and what a beat is, as 3/4; up to 16, over 2, 4, 8 or 16")
-    key: str = ask("", "as in 'D minor'; empty: as it likes. Steered, not promised")
-    density: float = ask(0.0, "notes per quarter note, of all parts together; 0: as it likes. Steered", 0.0, 32.0)
-    style: str = ask("", "in the manner of one of the model's sources; empty: of none in particular")
-    temperature: float = ask(0.95, "how daring: below 1 tame, above 1 wild", 0.0, 2.0)
-    top_p: float = ask(0.98, "share of the likeliest choices that are kept", 0.05, 1.0)
-    min_p: float = ask(0.02, "choices less likely than this fraction of the likeliest are dropped", 0.0, 0.5)
-    seed: int = ask(0, "the same seed and request give the same music", 0, 2**31 - 1)
-    takes: int = ask(1, "how many different takes", 1, 8)
+    instruments: list[str] = _ask(["Acoustic Grand Piano"], "who plays, one part each, from top to bottom", 1, MAX_PARTS)
+    bars: int = _ask(8, "how many bars", 1, 64)
+    tempo: float = _ask(96.0, "quarter notes per minute", 30.0, 300.0)
+    time_signature: str = _ask("4/4", "beats to the bar and what a beat is, as 3/4; up to 16, over 2, 4, 8 or 16")
+    key: str = _ask("", "as in 'D minor'; empty: one that the seed draws. Steered, not promised")
+    density: float = _ask(0.0, "notes per quarter note, of all parts together; 0: as it likes. Steered", 0.0, 32.0)
+    style: str = _ask("", "in the manner of one of the model's sources; empty: of none in particular")
+    temperature: float = _ask(0.95, "how daring: below 1 tame, above 1 wild", 0.0, 2.0)
+    top_p: float = _ask(0.98, "share of the likeliest choices that are kept", 0.05, 1.0)
+    min_p: float = _ask(0.02, "choices less likely than this fraction of the likeliest are dropped", 0.0, 0.5)
+    seed: int = _ask(0, "the same seed and request give the same music", 0, 2**31 - 1)
+    takes: int = _ask(1, "how many different takes", 1, 8)
 
     def __post_init__(self):
         for f in fields(self): setattr(self, f.name, _checked(f, getattr(self, f.name)))
@@ -187,6 +186,13 @@ def open_studio(layout: Layout | None = None) -> Studio:  # whose model; None: t
     return Studio(weights, Vocab(**about["config"]["vocab"]), tuple(about["config"]["sources"]), about["hash"], path,
                   about["provenance"], OriginalityIndex.load(index) if index.exists() else None)
 
+# %% ../nbs/14_generate.ipynb #6c1b5e34
+def _some_key(seed: int) -> str:
+    "One of `KEYS`, the simple ones more often: up to three sharps or flats."
+    simple = ("C major", "G major", "D major", "A major", "F major", "Bb major", "Eb major",
+              "A minor", "E minor", "B minor", "D minor", "G minor", "C minor")
+    return KEYS[parse_key(simple[np.random.default_rng([seed, len(simple)]).integers(len(simple))])]
+
 # %% ../nbs/14_generate.ipynb #ad421e4c
 MOST_HELD = 10         # pitches that one part may hold at once: the fingers of two hands
 LONGEST_SILENCE = 4    # bars after which a part gets its turn
@@ -195,17 +201,20 @@ BUSY_BAR = 48          # rows a part in one bar, on average, after which the bar
 NEW_STEP = (-1, -1)    # nobody has played at this step
 
 # %% ../nbs/14_generate.ipynb #9ab8e247
-class Band:
+class _Band:
     "The state of one take: what `Sight` is for a finished piece, kept up note by note."
 
     def __init__(self, request: Request, vocab: Vocab):
         num, den = request.metre
         self.vocab, self.bars, self.bar = vocab, request.bars, 4 * vocab.grid * num // den   # steps of a bar
         self.total, self.last_bar = self.bar * request.bars, self.bar * (request.bars - 1)
-        self.who = ensemble(tuple(Part(p) for p in request.programs))
-        low, high = np.array([DRUM_RANGE if p == DRUMS else RANGES[p] for p in request.programs]).T[:, :, None]
-        self.range = (np.arange(PITCHES) >= low) & (np.arange(PITCHES) <= high)
-        self.pitched = self.who[:, 0] != DRUMS
+        self.order = sorted(range(len(request.programs)), key=lambda k: request.programs[k] == DRUMS)
+        programs = [request.programs[k] for k in self.order]       # as in training: the drums come last
+        self.who = ensemble(tuple(Part(p) for p in programs))
+        low, high = np.array([DRUM_RANGE if p == DRUMS else RANGES[p] for p in programs]).T[:, :, None]
+        self.pitched, self.by = self.who[:, 0] != DRUMS, away(request.key or _some_key(request.seed))
+        heard = np.arange(PITCHES) + self.by * self.pitched[:, None]   # played at home, heard in the key
+        self.range = (heard >= low) & (heard <= high)
         n = len(self.who)
         self.ends = np.zeros((n, PITCHES), np.int64)               # when each pitch of each part stops
         self.end, self.latest = np.full(n, -1), np.full(n, NO_PITCH)   # of each part's latest note
@@ -246,7 +255,7 @@ class Band:
         return bool(self.played.all() and self.heard.max() >= self.last_bar)
 
 # %% ../nbs/14_generate.ipynb #34dbd88f
-def may_shift(band: Band) -> np.ndarray:
+def _may_shift(band: _Band) -> np.ndarray:
     "bool (V,): the shifts that keep the promises."
     v, allowed = band.vocab, np.zeros(band.vocab.end + 1, bool)
     room = band.total - 1 - band.now                             # steps before the last bar line
@@ -255,24 +264,25 @@ def may_shift(band: Band) -> np.ndarray:
     allowed[v.rest] = room > v.longest
     if band.in_bar >= BUSY_BAR * len(band.who):                  # full: on to the next line
         allowed[:min(band.bar - band.now % band.bar, v.longest + 1)] = False
+    if band.last is None: allowed[1:] = False                    # the music begins with the first bar
     allowed[v.end] = band.finished()
     return allowed
 
-def may_play(band: Band) -> np.ndarray:
+def _may_play(band: _Band) -> np.ndarray:
     "bool (p,): the parts that may enter now; of those who have been silent for too long, the first."
     can = band.free().any(1)
     quiet = np.where(band.played, np.maximum(band.heard, band.end), band.heard)   # since when
     due = np.flatnonzero(can & (quiet + band.limit <= band.now))
     return can & (np.arange(len(can)) == due[0]) if len(due) else can
 
-def may_last(band: Band, part: int) -> np.ndarray:
+def _may_last(band: _Band, part: int) -> np.ndarray:
     "bool (V,): durations up to the last bar line; a tenth note is not held into the last bar."
     d = np.arange(band.vocab.longest + 1)
     tenth = band.now < band.last_bar and (band.ends[part] > band.now).sum() >= MOST_HELD - 1
     return (d > 0) & (d <= (band.last_bar if tenth else band.total) - band.now)
 
 # %% ../nbs/14_generate.ipynb #0c184496
-def advance(band: Band, shift: int):
+def _advance(band: _Band, shift: int):
     "Time goes on by a shift."
     v, bar = band.vocab, band.now // band.bar
     if shift == v.end: band.done = True; return
@@ -281,18 +291,18 @@ def advance(band: Band, shift: int):
     if band.now // band.bar != bar: band.in_bar = 0
     if shift == v.rest: band.last = (shift, 0, 0, 0, 0)
 
-def enter(band: Band, shift: int, part: int, pitch: int, duration: int, velocity: int):
+def _enter(band: _Band, shift: int, part: int, pitch: int, duration: int, velocity: int):
     "A note is played now."
     band.ends[part, pitch] = band.end[part] = band.now + duration
     band.latest[part], band.heard[part], band.played[part] = pitch, band.now, True
     band.turn, band.last, band.in_bar = (part, pitch), (shift, part, pitch, duration, velocity), band.in_bar + 1
     band.notes.append((band.now, part, pitch, duration, velocity))
 
-# %% ../nbs/14_generate.ipynb #308011d2
+# %% ../nbs/14_generate.ipynb #2741d4bd
 class Stopped(Exception):
     "Somebody asked the music to stop."
 
-class Player:
+class _Player:
     "The takes of one request in the making: bands, dice, and the decoder that they share."
 
     def __init__(self, studio: Studio, request: Request):
@@ -300,10 +310,11 @@ class Player:
             raise Refusal(f"style {request.style!r} is not among those of this model: {', '.join(studio.sources)}")
         self.request, self.vocab, self.decoder = request, studio.vocab, studio.decoder()
         self.tables = Tables(studio.vocab)
-        self.bands = [Band(request, studio.vocab) for _ in range(request.takes)]
+        self.bands = [_Band(request, studio.vocab) for _ in range(request.takes)]
         self.dice = [np.random.default_rng([request.seed, k]) for k in range(request.takes)]
         source = 1 + studio.sources.index(request.style) if request.style else 0
-        told = controls(request.tempo, request.metre, request.key, request.density, source)
+        home = KEYS[9 + 12 if (request.key or _some_key(request.seed)).endswith("minor") else 0]
+        told = controls(request.tempo, request.metre, home, request.density, source)
         self.decoder.start(request.takes, self.tables.told(told, self.bands[0].who))
 
     def draw(self, scores: np.ndarray, allowed: np.ndarray, dice: np.ndarray) -> np.ndarray:
@@ -319,9 +330,9 @@ class Player:
         chosen = np.zeros((len(bands), 8), np.int64)
         going = np.array([not b.done for b in bands])
         anything = lambda masks: np.stack([m if go else np.ones_like(m) for m, go in zip(masks, going)])
-        shift = self.draw(self.decoder.scores("shift", chosen, None), anything([may_shift(b) for b in bands]), dice[:, 0])
+        shift = self.draw(self.decoder.scores("shift", chosen, None), anything([_may_shift(b) for b in bands]), dice[:, 0])
         for b, s, go in zip(bands, shift, going):
-            if go: advance(b, int(s))
+            if go: _advance(b, int(s))
         sounds = going & (shift <= self.vocab.longest)
         if not sounds.any(): return
         self._row(shift, sounds, chosen, dice, at)
@@ -334,26 +345,26 @@ class Player:
         chosen[:, :3] = np.column_stack([shift, where]) + at[:3]
         held = np.stack([b.held() for b in bands])
         described = np.stack([self._parts(b, s) for b, s in zip(bands, shift)]) + self.tables.parts_at
-        part = self.draw(self.decoder.part_scores(chosen, held, described), some([may_play(b) for b in bands]), dice[:, 1])
+        part = self.draw(self.decoder.part_scores(chosen, held, described), some([_may_play(b) for b in bands]), dice[:, 1])
         chosen[:, 3:6] = np.array([[*b.who[p], b.latest[p]] for b, p in zip(bands, part)]) + at[3:6]
         pitch = self.draw(self.decoder.scores("pitch", chosen, held), some([b.free()[p] for b, p in zip(bands, part)]), dice[:, 2])
         chosen[:, 6] = pitch + at[6]
-        lasts = some([may_last(b, p) for b, p in zip(bands, part)])
+        lasts = some([_may_last(b, p) for b, p in zip(bands, part)])
         duration = self.draw(self.decoder.scores("duration", chosen, held), lasts, dice[:, 3])
         chosen[:, 7] = duration + at[7]
         loud = np.broadcast_to(np.arange(v.sizes[VELOCITY]) > 0, (len(bands), v.sizes[VELOCITY]))
         velocity = self.draw(self.decoder.scores("velocity", chosen, held), loud, dice[:, 4])
         for b, on, *row in zip(bands, sounds, shift, part, pitch, duration, velocity):
-            if on: enter(b, *map(int, row))
+            if on: _enter(b, *map(int, row))
 
-    def _parts(self, band: Band, shift: int) -> np.ndarray:
+    def _parts(self, band: _Band, shift: int) -> np.ndarray:
         "(p, 4) what describes each part to the pointer: program, rank, state, latest pitch."
         passed = (np.arange(len(band.who)) < band.turn[0]) if shift == 0 else np.zeros(len(band.who), bool)
         state = _states(band.end[None], np.array([band.now]), passed[None], self.vocab.grid)[0]
         return np.column_stack([band.who, state, band.latest])
 
 # %% ../nbs/14_generate.ipynb #e03d500f
-def bar_hashes(score: Score) -> list[str]:
+def _bar_hashes(score: Score) -> list[str]:
     "A short hash of the notes that begin in each bar."
     lines = score.bar_lines()
     bar = np.searchsorted(lines, score.notes[:, ONSET], side="right") - 1
@@ -361,14 +372,14 @@ def bar_hashes(score: Score) -> list[str]:
     inside[:, ONSET] -= lines[bar] if len(bar) else 0
     return [hashlib.sha256(inside[bar == k].astype("<i8").tobytes()).hexdigest()[:8] for k in range(len(lines) - 1)]
 
-def head_hash(score: Score) -> str:
+def _head_hash(score: Score) -> str:
     "A short hash of parts, tempi and metres."
     said = [[p.program for p in score.parts], score.tempos.tolist(), score.metres.tolist()]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:8]
 
 def _receipt(studio: Studio, request: Request, take: int, score: Score) -> str:
     return json.dumps({"musicgen": __version__, "request": request.to_dict(), "take": take, "model": studio.model_hash,
-                       "numbers": "numpy fp32", "head": head_hash(score), "bars": bar_hashes(score)}, separators=(",", ":"))
+                       "numbers": "numpy fp32", "head": _head_hash(score), "bars": _bar_hashes(score)}, separators=(",", ":"))
 
 # %% ../nbs/14_generate.ipynb #5791fe39
 def read_receipt(
@@ -399,15 +410,17 @@ def _parts_of(request: Request) -> tuple[Part, ...]:
     numbered = [f"{n} {names[:k + 1].count(n)}" if names.count(n) > 1 else n for k, n in enumerate(names)]
     return tuple(Part(p, n) for p, n in zip(request.programs, numbered))
 
-def _score_of(band: Band, request: Request) -> Score:
+def _score_of(band: _Band, request: Request) -> Score:
     "The score of a band, in the ticks of a file."
     notes = np.array(band.notes, np.int64).reshape(-1, 5)
     notes[:, [ONSET, DURATION]] *= TICKS // band.vocab.grid
     notes[:, VELOCITY] = velocity_of(notes[:, VELOCITY])
+    notes[:, PITCH] += band.by * band.pitched[notes[:, PART]]
+    notes[:, PART] = np.array(band.order)[notes[:, PART]]
     return make_score(notes, _parts_of(request), request.tempo, request.metre)
 
 # %% ../nbs/14_generate.ipynb #515b17b0
-def _take(studio: Studio, request: Request, k: int, band: Band) -> Take:
+def _take(studio: Studio, request: Request, k: int, band: _Band) -> Take:
     "Score, bytes and report of a finished band."
     score = _score_of(band, request)
     score = replace(score, texts=((0, _receipt(studio, request, k, score)),))
@@ -429,7 +442,7 @@ def generate(
     "The takes of a request. The bytes depend on request and model alone. Refuses a style that the model has not."
     from threadpoolctl import threadpool_limits
     with threadpool_limits(1, "blas"):
-        player, told = Player(studio, request), 0
+        player, told = _Player(studio, request), 0
         while not all(b.done for b in player.bands):
             if stop is not None and stop.is_set(): raise Stopped(f"stopped in bar {told + 1} of {request.bars}")
             player.step()
@@ -459,11 +472,11 @@ def verify(
     receipt = read_receipt(data)
     if receipt is None: return dict(verdict="not ours", bars=[], receipt=None)
     score = read_midi(data)
-    now, then = bar_hashes(score), receipt["bars"]
+    now, then = _bar_hashes(score), receipt["bars"]
     size = max(len(now), len(then))
     now, then = now + [None] * (size - len(now)), then + [None] * (size - len(then))
     bars = [k + 1 for k in range(size) if now[k] != then[k]]
-    edited = bool(bars) or head_hash(score) != receipt["head"]
+    edited = bool(bars) or _head_hash(score) != receipt["head"]
     foreign = studio is not None and receipt["model"] != studio.model_hash
     verdict = "another model's" if foreign else "ours, edited" if edited else "ours, untouched"
     return dict(verdict=verdict, bars=bars, receipt=receipt)

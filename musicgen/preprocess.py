@@ -32,14 +32,23 @@ from .originality import SAME, fingerprint, similarity
 from .score import DURATION, ONSET, TICKS, Score, read_midi, _unwrapped
 
 # %% ../nbs/06_preprocess.ipynb #1d15f480
-def _kind(data: bytes) -> dict:
-    "Format (0, 1 or 2) and number of track chunks of a MIDI file's bytes."
-    data = _unwrapped(data)
-    at, tracks = 8 + int.from_bytes(data[4:8], "big"), 0
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    "Name of each chunk after the header, the length it claims, the bytes left for it."
+    at = 8 + int.from_bytes(data[4:8], "big")
     while at + 8 <= len(data):
-        tracks += data[at:at + 4] == b"MTrk"
-        at += 8 + int.from_bytes(data[at + 4:at + 8], "big")
-    return dict(format=int.from_bytes(data[8:10], "big"), tracks=tracks)
+        length = int.from_bytes(data[at + 4:at + 8], "big")
+        yield data[at:at + 4], length, len(data) - at - 8
+        at += 8 + length
+
+def _kind(data: bytes) -> dict:
+    "Format (0, 1 or 2) and number of tracks of a MIDI file, or the reason why it is none."
+    data = _unwrapped(data)
+    if data[:4] != b"MThd": return dict(reason="is not a MIDI file: it does not begin with MThd")
+    tracks = [(length, left) for name, length, left in _chunks(data) if name == b"MTrk"]
+    for length, left in tracks:
+        if length > left:
+            return dict(reason=f"is cut off: a track says {length:,} bytes, {left:,} are there")
+    return dict(format=int.from_bytes(data[8:10], "big"), tracks=len(tracks))
 
 # %% ../nbs/06_preprocess.ipynb #58084729
 def _content(score: Score) -> str:
@@ -71,12 +80,13 @@ def scan_file(
         said = f"has {size:,} bytes, above the limit of {MAX_BYTES:,}"
         return dict(sha256=_digest(path), reason=said)
     data = path.read_bytes()
-    row = dict(sha256=hashlib.sha256(data).hexdigest())
+    row = dict(sha256=hashlib.sha256(data).hexdigest()) | _kind(data)
+    if "reason" in row: return row
     try: score = read_midi(data)
     except Refusal as e: return row | dict(reason=_plain(e.sentence))
     if score.ticks < 1:
         return row | dict(reason=f"has {score.ticks} ticks to the beat; at least 1 is needed")
-    return row | _kind(data) | _facts(score)
+    return row | _facts(score)
 
 def _digest(path: Path) -> str:
     "The sha256 of a file; nothing for one that cannot be opened."
@@ -86,7 +96,8 @@ def _digest(path: Path) -> str:
 
 def _plain(words: str) -> str:
     "A parser's words as one short line, without its own name and the file's."
-    for noise in ("the MIDI data ", "MiniMidi: ", ": iostream error"): words = words.replace(noise, "")
+    for noise in ("the MIDI data ", "MiniMidi: ", ": iostream error"):
+        words = words.replace(noise, "")
     return " ".join(words.encode("utf-8", "replace").decode().split())[:200]
 
 # %% ../nbs/06_preprocess.ipynb #6d000049
@@ -136,7 +147,7 @@ class _Reader:
                 f"from musicgen.preprocess import _serve; _serve({self.timeout})")
         alone = os.environ | {f"{kind}_NUM_THREADS": "1" for kind in ("OMP", "MKL", "OPENBLAS")}
         with tempfile.TemporaryFile() as words:
-            self.process = subprocess.Popen([sys.executable, "-S", "-c", code], env=alone, stderr=words,
+            self.process = subprocess.Popen([sys.executable, "-c", code], env=alone, stderr=words,
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             if self.process.stdout.readline() == b"ready\n": return
             self.stop()
@@ -188,7 +199,7 @@ def scan_files(
 ) -> Iterator[tuple[Path, dict]]:
     "Each path with its row, in the order in which they are done."
     if workers < 1: raise Refusal(f"{workers} workers are too few; at least 1 is needed")
-    if not timeout > 0: raise Refusal(f"{timeout:g} seconds a file; more than 0 are needed")
+    if not timeout > 0: raise Refusal(f"{timeout:g} s a file; more than 0 are needed")
     todo, done, paths = queue.SimpleQueue(), queue.SimpleQueue(), list(paths)
     for path in paths: todo.put(path)
     readers = [_Reader(timeout) for _ in range(min(workers, len(paths)))]
@@ -475,6 +486,7 @@ def _keys(ax, counts: Counter):
         ax.bar(range(12), [sign * counts[KEYS[tonic + mode]] for tonic in fifths], color=colour)
     ax.set_xticks(range(12), [KEYS[tonic].split()[0] for tonic in fifths])
     ax.axhline(0, color="black", lw=.6)
+    ax.yaxis.set_major_formatter(lambda count, _: f"{abs(count):g}")
     ax.set_title("keys: major above, minor below", fontsize=9)
 
 # %% ../nbs/06_preprocess.ipynb #5ce99207
@@ -490,5 +502,6 @@ def _verdicts(ax, scan):
         left = left + counts
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
-    ax.legend(fontsize=7, frameon=False)
-    ax.set_title("files", fontsize=9)
+    ax.legend(fontsize=7, frameon=False, ncols=4, handlelength=.8, columnspacing=1,
+              loc="lower center", bbox_to_anchor=(.5, 1))
+    ax.set_title("files", fontsize=9, pad=20)
