@@ -135,7 +135,9 @@ class Settings:
 def read_settings(layout: Layout | None = None) -> Settings:  # whose `settings.ini`; None: the project around us
     "The settings of a root: built-in values, then its `settings.ini`, then the environment."
     ini = configparser.ConfigParser(interpolation=None)
-    ini.read((layout or Layout()).settings, encoding="utf-8")
+    try: ini.read((layout or Layout()).settings, encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError) as e:
+        raise Refusal(f"settings.ini cannot be read: {e}") from None
     given = {s: dict(ini[s]) for s in ini.sections()}
     for section, keys in SETTINGS.items():
         for key in keys:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import Refusal
-from .features import KNOWN, NO_PITCH, Tables
+from .features import KNOWN, NO_PITCH, Tables, model_hash
 from .score import PITCHES
 from .tokens import FIELDS, Vocab
 
@@ -29,7 +29,10 @@ def read_weights(
             weights = {name: f.get_tensor(name).astype(np.float32) for name in f.keys()}
     except (SafetensorError, OSError, ValueError) as e:
         raise Refusal(f"{path} is not a model that can be read: {str(e).splitlines()[0][:120]}") from None
-    if not about: raise Refusal(f"{path} holds weights, but not those of a MusicLSTM")
+    if not isinstance(about, dict) or not {"config", "provenance", "hash"} <= about.keys():
+        raise Refusal(f"{path} holds weights, but not those of a MusicLSTM")
+    if about["hash"] != (found := model_hash(weights)):
+        raise Refusal(f"{path} says model {about['hash']}, but its numbers make {found}: it is damaged")
     return weights, about
 
 # %% ../nbs/13_decoder.ipynb #0983ea36

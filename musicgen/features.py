@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['INDEX', 'METRES', 'CONTROLS', 'BARS_LEFT', 'RANKS', 'NOBODY', 'NO_PITCH', 'BEATS', 'SEEN', 'NOW', 'AWAY', 'UNHEARD',
-           'SILENT', 'PAUSED', 'READY', 'BUSY', 'KNOWN', 'Piece', 'make_piece', 'away', 'at_home', 'Corpus',
-           'write_corpus', 'write_features', 'write_example', 'controls', 'ensemble', 'Sight', 'look', 'Ids', 'Tables']
+           'SILENT', 'PAUSED', 'READY', 'BUSY', 'KNOWN', 'Piece', 'make_piece', 'away', 'at_home', 'model_hash',
+           'Corpus', 'write_corpus', 'write_features', 'write_example', 'controls', 'ensemble', 'Sight', 'look', 'Ids',
+           'Tables']
 
 # %% ../nbs/08_features.ipynb #3b0c5af4
 import csv
@@ -22,7 +23,7 @@ import numpy as np
 from .core import Layout, Refusal, open_root, write_atomic
 from .metrics import KEYS, density, find_key
 from .originality import OriginalityIndex
-from .score import DRUMS, DURATION, ONSET, PART, PITCH, PITCHES, VELOCITY, Part, Score, make_score, read_midi
+from .score import DRUMS, DURATION, PART, PITCH, PITCHES, Part, Score, make_score, read_midi
 from .tokens import SHIFT, Vocab, decode, encode, onsets_of
 
 # %% ../nbs/08_features.ipynb #ff77a05d
@@ -73,6 +74,13 @@ def _corpus_hash(rows: np.ndarray, vocab: Vocab) -> str:
     "A short name for these rows under this vocabulary."
     return hashlib.sha256(vocab.hash.encode() + np.ascontiguousarray(rows).data).hexdigest()[:16]
 
+def model_hash(weights: dict[str, np.ndarray]) -> str:
+    "A short name for these weights: the same numbers have the same name, in any file."
+    total = hashlib.sha256()
+    for name in sorted(weights):
+        total.update(name.encode() + np.ascontiguousarray(weights[name], np.float32).tobytes())
+    return total.hexdigest()[:16]
+
 # %% ../nbs/08_features.ipynb #635137bc
 class Corpus:
     "The features of one root: `vocab`, `hash`, and the pieces of each split."
@@ -93,8 +101,9 @@ class Corpus:
 
     def pieces(self, split: str) -> list[Piece]:  # "train", "valid" or "test"
         "The pieces of a split, in the order of their names."
+        rows = self.rows.view(np.ndarray)   # the same memory, without the cost of a memmap at every slice
         return [Piece(line["name"], line["dataset"], _header_from(line["header"]),
-                      self.rows[int(line["start"]):int(line["stop"])], line["key"], float(line["density"]))
+                      rows[int(line["start"]):int(line["stop"])], line["key"], float(line["density"]))
                 for line in self.lines if line["split"] == split]
 
 # %% ../nbs/08_features.ipynb #cf43589a

@@ -141,7 +141,8 @@ def _number(name: str, value, kind: type):
         number = float(value)
         if not np.isfinite(number) or (kind is int and number != int(number)): raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise Refusal(f"{name} is {str(value)[:60]!r}; it takes {word}") from None
+        said = repr(str(value)[:60]) if not isinstance(value, int) or abs(value) < 1e60 else "far too large"
+        raise Refusal(f"{name} is {said}; it takes {word}") from None
     return kind(value) if kind is int and isinstance(value, int) else kind(number)
 
 def _metre(text: str) -> tuple[int, int]:

@@ -68,7 +68,7 @@ class Picker:
         self.chips, self.shelf = _box([], "mg-chips"), _box([], "mg-pills")
         self.search = widgets.Combobox(
             options=[name for names in _FAMILIES.values() for name in names], continuous_update=False,
-            description="Add an instrument", placeholder="violin, sax, drums …")
+            description="Add an instrument", placeholder="violin, sax …")
         self.family = widgets.Dropdown(description="Or by family",
                                        options=[("all families", ""), *zip(_FAMILIES, _FAMILIES)])
         ready = [_button(name, lambda parts=parts: self.show(parts), "mg-pill", ", ".join(parts))

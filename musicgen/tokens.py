@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import Refusal, write_atomic
-from .score import (DRUMS, DURATION, ONSET, PART, PITCH, PITCHES, VELOCITY, LEVEL, Part, Score, level_of,
+from .score import (DURATION, ONSET, PART, PITCH, PITCHES, VELOCITY, LEVEL, Part, Score, level_of,
                             make_score, on_grid, velocity_of, _resolved, _sorted)
 
 # %% ../nbs/07_tokens.ipynb #9910ae07

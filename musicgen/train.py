@@ -32,23 +32,28 @@ def plan_for(
 ) -> Plan:
     "The plan of the long run, with the learning rate, batch and length that tuning found."
     steps = max(1, round(notes / (rounds * best["batch"] * best["length"])))
-    return Plan(lr=best["learning_rate"], batch=best["batch"], length=best["length"], rounds=rounds, steps=steps,
-                warmup=min(50, rounds * steps // 10), patience=patience, seed=seed, augment=Augment(groove=groove))
+    return Plan(lr=best["learning_rate"], batch=best["batch"], length=best["length"],
+                rounds=rounds, steps=steps,
+                warmup=min(50, rounds * steps // 10), patience=patience, seed=seed,
+                augment=Augment(groove=groove))
 
 # %% ../nbs/12_train.ipynb #48fba7af
 def provenance(corpus: Corpus, plan: Plan, history: list[dict], best: dict) -> dict:
     "Where a model comes from, in plain values."
-    return dict(corpus=corpus.hash, vocab=corpus.vocab.hash, sources=_sources(corpus), plan=asdict(plan),
+    return dict(corpus=corpus.hash, vocab=corpus.vocab.hash, sources=_sources(corpus),
+                plan=asdict(plan),
                 tuned={k: best[k] for k in ("learning_rate", "batch", "length", "loss")},
                 rounds=len(history), valid=min(line["valid"] for line in history),
-                versions=dict(musicgen=__version__, torch=str(torch.__version__), numpy=np.__version__))
+                versions=dict(musicgen=__version__, torch=str(torch.__version__),
+                              numpy=np.__version__))
 
 def _sources(corpus: Corpus) -> list[dict]:
     "One line a source: its licences, and pieces and rows of each split."
     lines = []
     for name in corpus.sources:
         mine = [line for line in corpus.lines if line["dataset"] == name]
-        of = {split: [line for line in mine if line["split"] == split] for split in ("train", "valid", "test")}
+        of = {split: [line for line in mine if line["split"] == split]
+              for split in ("train", "valid", "test")}
         lines.append(dict(name=name, licences=sorted({line["licence"] for line in mine}),
                           pieces={split: len(found) for split, found in of.items()},
                           rows={split: sum(int(line["stop"]) - int(line["start"]) for line in found)
@@ -90,7 +95,8 @@ def train(
     plan = plan_for(best, notes, rounds, patience, groove, seed)
     torch.manual_seed(seed)
     model = MusicLSTM(MusicLSTMConfig(hidden, layers, head, dropout, corpus.vocab, corpus.sources))
-    print(f"train: {sum(p.numel() for p in model.parameters()):,} parameters, {plan.rounds} rounds of {plan.steps} steps, "
+    size = sum(p.numel() for p in model.parameters())
+    print(f"train: {size:,} parameters, {plan.rounds} rounds of {plan.steps} steps, "
           f"batch {plan.batch} x {plan.length}, learning rate {plan.lr:g}", flush=True)
     _claim(layout, corpus)
     layout.history.unlink(missing_ok=True)

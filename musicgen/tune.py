@@ -12,7 +12,6 @@ import io
 import itertools
 import json
 import warnings
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,13 +25,14 @@ from .model import MusicLSTM, MusicLSTMConfig
 AXES = dict(learning_rate=float, batch=int, length=int)  # what is tuned
 
 def grid_of(learning_rates: str, batches: str, lengths: str) -> dict[str, list]:
-    "The values of each axis of `AXES`, from texts such as `0.001,0.004`. Refuses what is no number above 0."
+    "The values of each axis of `AXES`, from texts. Refuses what is no number above 0."
     return {name: _numbers(name, text, kind)
             for (name, kind), text in zip(AXES.items(), (learning_rates, batches, lengths))}
 
 def _numbers(name: str, text: str, kind: type) -> list:
     try: found = sorted({kind(word) for word in text.split(",")})
-    except ValueError: raise Refusal(f"{name} is {text!r}; it takes numbers with commas between them") from None
+    except ValueError:
+        raise Refusal(f"{name} is {text!r}; it takes numbers with commas between") from None
     if found[0] <= 0: raise Refusal(f"{name} {found[0]} is not above 0")
     return found
 
@@ -43,7 +43,8 @@ def _points(grid: dict[str, list]) -> list[dict]:
 def plan_of(point: dict, notes: int, seed: int) -> Plan:
     "The plan of a trial: one round of about `notes` notes."
     steps = max(1, round(notes / (point["batch"] * point["length"])))
-    return Plan(lr=point["learning_rate"], batch=point["batch"], length=point["length"], rounds=1, steps=steps,
+    return Plan(lr=point["learning_rate"], batch=point["batch"], length=point["length"], rounds=1,
+                steps=steps,
                 warmup=min(50, steps // 10), seed=seed)
 
 # %% ../nbs/11_tune.ipynb #8b7c3e12
@@ -55,14 +56,17 @@ def _judges(pieces: list[Piece], rows: int) -> list[Piece]:
     return [pieces[k] for k in np.linspace(0, len(pieces) - 1, count).round().astype(int)]
 
 # %% ../nbs/11_tune.ipynb #d513c1ee
-def _trial(trial, grid: dict, corpus: Corpus, judges: list[Piece], shape: MusicLSTMConfig, notes: int, seed: int):
+def _trial(trial, grid: dict, corpus: Corpus, judges: list[Piece], shape: MusicLSTMConfig,
+           notes: int, seed: int):
     "The validation loss of one point of the grid, in nats per note."
     import optuna
     point = {name: trial.suggest_categorical(name, values) for name, values in grid.items()}
-    number, words = len(_done(trial.study)) + 1, ", ".join(f"{name} {value:g}" for name, value in point.items())
+    number, words = len(_done(trial.study)) + 1, ", ".join(f"{name} {value:g}"
+                                                           for name, value in point.items())
     print(f"tune: trial {number}/{len(_points(grid))}: {words}", flush=True)
     torch.manual_seed(seed)
-    try: history = fit(MusicLSTM(shape), corpus.pieces("train"), judges, plan_of(point, notes, seed), name="tune")
+    try: history = fit(MusicLSTM(shape), corpus.pieces("train"), judges,
+                       plan_of(point, notes, seed), name="tune")
     except Refusal as e:
         if "loss became" not in e.sentence: raise
         raise optuna.TrialPruned(e.sentence) from None
@@ -75,7 +79,8 @@ def _study(layout: Layout, name: str, grid: dict, seed: int):
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     layout.tune.mkdir(parents=True, exist_ok=True)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{layout.study}", heartbeat_interval=10, grace_period=60)
+    storage = optuna.storages.RDBStorage(f"sqlite:///{layout.study}", heartbeat_interval=10,
+                                         grace_period=60)
     return optuna.create_study(storage=storage, study_name=name, load_if_exists=True,
                                sampler=optuna.samplers.GridSampler(grid, seed=seed))
 
@@ -109,18 +114,22 @@ def tune(
 ) -> list[dict]:
     "The trials, best first; `best.json` and `trials.csv` are written."
     corpus, grid = Corpus(layout), grid_of(learning_rates, batches, lengths)
-    settings = dict(corpus=corpus.hash, **grid, notes=notes, judged=judged, hidden=hidden, seed=seed)
-    shape = MusicLSTMConfig(hidden=hidden, head=hidden // 2, vocab=corpus.vocab, sources=corpus.sources)
+    settings = dict(corpus=corpus.hash, **grid, notes=notes, judged=judged, hidden=hidden,
+                    seed=seed)
+    shape = MusicLSTMConfig(hidden=hidden, head=hidden // 2, vocab=corpus.vocab,
+                            sources=corpus.sources)
     judges, points = _judges(corpus.pieces("valid"), judged), _points(grid)
     if not judges: raise Refusal(f"{layout.index} holds 0 pieces for validation; tuning needs 1")
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     study = _study(layout, name, grid, seed)
     _run(study, points, lambda trial: _trial(trial, grid, corpus, judges, shape, notes, seed))
     trials = _table(study, points)
-    if trials[0]["loss"] is None: raise Refusal(f"all {len(points)} trials diverged; try a learning rate below "
-                                                f"{grid['learning_rate'][0]}")
+    if trials[0]["loss"] is None:
+        slowest = grid["learning_rate"][0]
+        raise Refusal(f"all {len(points)} trials diverged; try a learning rate below {slowest}")
     _write_trials(layout, trials)
-    write_atomic(layout.best, json.dumps(trials[0] | dict(settings=settings, trials=trials), indent=1))
+    write_atomic(layout.best, json.dumps(trials[0] | dict(settings=settings, trials=trials),
+                                         indent=1))
     return trials
 
 # %% ../nbs/11_tune.ipynb #2b81b1e8
@@ -140,10 +149,13 @@ def _write_trials(layout: Layout, trials: list[dict]):
 def read_best(layout: Layout) -> dict:
     "What tuning found: `learning_rate`, `batch`, `length`, `loss`, `settings`, `trials`."
     try: found = json.loads(layout.best.read_text())
-    except FileNotFoundError: raise Refusal(f"there is no {layout.best}; run the tune stage first") from None
-    except ValueError as e: raise Refusal(f"{layout.best} is not what the tune stage wrote: {e}") from None
+    except FileNotFoundError:
+        raise Refusal(f"there is no {layout.best}; run the tune stage first") from None
+    except ValueError as e:
+        raise Refusal(f"{layout.best} is not what the tune stage wrote: {e}") from None
     missing = [name for name in (*AXES, "settings") if name not in found]
-    if missing: raise Refusal(f"{layout.best} does not say {', '.join(missing)}; run the tune stage again")
+    if missing:
+        raise Refusal(f"{layout.best} does not say {', '.join(missing)}; run the tune stage again")
     return found
 
 # %% ../nbs/11_tune.ipynb #205298a6
@@ -155,10 +167,12 @@ def plot_trials(trials: list[dict]):
     places = sorted({(t["batch"], t["length"]) for t in trials})
     for rate in sorted({t["learning_rate"] for t in trials}):
         mine = [t for t in trials if t["learning_rate"] == rate and t["loss"] is not None]
-        axes.plot([places.index((t["batch"], t["length"])) for t in mine], [t["loss"] for t in mine], "o",
+        axes.plot([places.index((t["batch"], t["length"])) for t in mine],
+                  [t["loss"] for t in mine], "o",
                   label=f"learning rate {rate:g}", alpha=0.8)
     axes.set_xticks(range(len(places)), [f"{b} x {n}" for b, n in places], fontsize=7)
-    axes.set_xlim(-0.5, len(places) - 0.5); axes.grid(axis="y", alpha=0.3); axes.tick_params(labelsize=7)
+    axes.set_xlim(-0.5, len(places) - 0.5); axes.grid(axis="y",
+                                                      alpha=0.3); axes.tick_params(labelsize=7)
     axes.set_xlabel("batch x length", fontsize=8); axes.set_ylabel("nats per note", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
