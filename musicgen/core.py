@@ -33,41 +33,65 @@ def find_root() -> Path:
 
 # %% ../nbs/00_core.ipynb #3b6767e0
 PATHS = dict(
-    sources="data/sources.yaml", grooves="data/grooves",                        # committed
-    downloads="data/external/_downloads", external="data/external",             # as fetched, unpacked
-    raw="data/raw", manifest="data/raw/manifest.csv",                           # MIDI only
-    scan="data/interim/scan.csv",                                               # one row a raw file
-    processed="data/processed", tokens="data/processed/tokens",
-    vocab="data/processed/vocab.json", index="data/processed/index.csv",
-    corpus="data/processed/corpus.npy", originality="data/processed/originality.npz",
-    tune="artifacts/tune", study="artifacts/tune/study.db",
-    trials="artifacts/tune/trials.csv", best="artifacts/tune/best.json",
-    models="artifacts/models", model="artifacts/models/music_lstm.pt",
+    sources="data/sources.yaml",
+    grooves="data/grooves",  # committed
+    downloads="data/external/_downloads",
+    external="data/external",  # as fetched, unpacked
+    raw="data/raw",
+    manifest="data/raw/manifest.csv",  # MIDI only
+    scan="data/interim/scan.csv",  # one row a raw file
+    processed="data/processed",
+    tokens="data/processed/tokens",
+    vocab="data/processed/vocab.json",
+    index="data/processed/index.csv",
+    corpus="data/processed/corpus.npy",
+    originality="data/processed/originality.npz",
+    tune="artifacts/tune",
+    study="artifacts/tune/study.db",
+    trials="artifacts/tune/trials.csv",
+    best="artifacts/tune/best.json",
+    models="artifacts/models",
+    model="artifacts/models/music_lstm.pt",
     weights="artifacts/models/music_lstm.safetensors",
     model_originality="artifacts/models/originality.npz",
-    train="artifacts/train", history="artifacts/train/history.csv", last="artifacts/train/last.pt",
-    reports="artifacts/reports", samples="artifacts/reports/samples",
-    evaluation="artifacts/reports/evaluate.json", examination="artifacts/reports/test.json",
-    page="artifacts/reports/index.html", runs="artifacts/runs", settings="settings.ini")
+    train="artifacts/train",
+    history="artifacts/train/history.csv",
+    last="artifacts/train/last.pt",
+    reports="artifacts/reports",
+    samples="artifacts/reports/samples",
+    evaluation="artifacts/reports/evaluate.json",
+    examination="artifacts/reports/test.json",
+    page="artifacts/reports/index.html",
+    runs="artifacts/runs",
+    settings="settings.ini",
+)
 
 # %% ../nbs/00_core.ipynb #26947573
 class Layout:
     "Every path of one root, by name: `Layout('/tmp/x').scan` is `/tmp/x/data/interim/scan.csv`."
 
-    def __init__(self, root: str | Path | None = None):  # the folder, or None for the project around us
+    def __init__(
+        self, root: str | Path | None = None
+    ):  # the folder, or None for the project around us
         self.root = Path(root).expanduser().resolve() if root else find_root()
 
     def __getattr__(self, name: str) -> Path:
-        if name not in PATHS: raise AttributeError(f"the layout has no path called {name!r}")
+        if name not in PATHS:
+            raise AttributeError(f"the layout has no path called {name!r}")
         return self.root / PATHS[name]
 
-    def __dir__(self): return [*super().__dir__(), *PATHS]
-    def __repr__(self): return f"Layout({str(self.root)!r})"
+    def __dir__(self):
+        return [*super().__dir__(), *PATHS]
+
+    def __repr__(self):
+        return f"Layout({str(self.root)!r})"
 
 # %% ../nbs/00_core.ipynb #44f94154
 def write_atomic(
-    path: str | Path,                            # where the file shall stand; its folder is made
-    content: bytes | str | Callable[[Path], object],  # what it holds, or a function that writes to a path
+    path: str | Path,  # where the file shall stand; its folder is made
+    content: bytes
+    | str
+    | Callable[[Path], object],  # what it holds, or a function that writes to a path
 ) -> Path:
     "The path, now holding `content`: all of it, or (after an error or a kill) what it held before."
     path = Path(path)
@@ -76,11 +100,14 @@ def write_atomic(
     os.close(handle)
     part = Path(name)
     try:
-        if callable(content): content(part)
-        else: part.write_bytes(content.encode() if isinstance(content, str) else content)
+        if callable(content):
+            content(part)
+        else:
+            part.write_bytes(content.encode() if isinstance(content, str) else content)
         _settle(part)
         os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/00_core.ipynb #1b775e94
@@ -97,9 +124,12 @@ def sandbox():
     with tempfile.TemporaryDirectory(prefix="musicgen ") as folder: yield Layout(folder)
 
 # %% ../nbs/00_core.ipynb #b674881b
-def open_root(root: str | Path = "") -> Layout:  # a folder, or "" for a sandbox that lasts as long as the process
+def open_root(
+    root: str | Path = "",
+) -> Layout:  # a folder, or "" for a sandbox that lasts as long as the process
     "The layout of `root`, or of a fresh sandbox when it is empty."
-    if root: return Layout(root)
+    if root:
+        return Layout(root)
     place = sandbox()
     here = place.__enter__()
     atexit.register(place.__exit__, None, None, None)
@@ -107,35 +137,53 @@ def open_root(root: str | Path = "") -> Layout:  # a folder, or "" for a sandbox
 
 # %% ../nbs/00_core.ipynb #aa05f043
 SETTINGS = dict(
-    paths=dict(soundfont="", model=""),   # "" : the SoundFont of pretty_midi, the model of this root
-    api=dict(host="127.0.0.1", port=8000, max_bars=64, max_takes=8, queue=16, timeout=60.0,
-             max_body=1_000_000),
-    dashboard=dict(port=8080, api=""))    # api: an address to ask, "" to play in the dashboard's own process
+    paths=dict(soundfont="", model=""),  # "" : the SoundFont of pretty_midi, the model of this root
+    api=dict(
+        host="127.0.0.1",
+        port=8000,
+        max_bars=64,
+        max_takes=8,
+        queue=16,
+        timeout=60.0,
+        max_body=1_000_000,
+    ),
+    dashboard=dict(port=8080, api=""),
+)  # api: an address to ask, "" to play in the dashboard's own process
 
 # %% ../nbs/00_core.ipynb #f846c274
 class Settings:
     "What one machine sets: `settings['api']['port']`, typed like the built-in value."
 
-    def __init__(self, given: dict[str, dict[str, str]]):  # section -> key -> text, over the built-in values
+    def __init__(
+        self, given: dict[str, dict[str, str]]
+    ):  # section -> key -> text, over the built-in values
         self.values = {s: dict(keys) for s, keys in SETTINGS.items()}
         for section, keys in given.items():
-            for key, text in keys.items(): self._set(section, key, text)
+            for key, text in keys.items():
+                self._set(section, key, text)
 
     def _set(self, section: str, key: str, text: str):
         if key not in self.values.get(section, ()):
             raise Refusal(f"the settings hold [{section}] {key}, which is not a setting of ours")
         kind = type(SETTINGS[section][key])
-        try: self.values[section][key] = kind(text)
+        try:
+            self.values[section][key] = kind(text)
         except ValueError:
-            raise Refusal(f"the setting [{section}] {key} is {text!r}; it takes a {kind.__name__}") from None
+            raise Refusal(
+                f"the setting [{section}] {key} is {text!r}; it takes a {kind.__name__}"
+            ) from None
 
-    def __getitem__(self, section: str) -> dict: return self.values[section]
+    def __getitem__(self, section: str) -> dict:
+        return self.values[section]
 
 # %% ../nbs/00_core.ipynb #bd1e2fe9
-def read_settings(layout: Layout | None = None) -> Settings:  # whose `settings.ini`; None: the project around us
+def read_settings(
+    layout: Layout | None = None,
+) -> Settings:  # whose `settings.ini`; None: the project around us
     "The settings of a root: built-in values, then its `settings.ini`, then the environment."
     ini = configparser.ConfigParser(interpolation=None)
-    try: ini.read((layout or Layout()).settings, encoding="utf-8")
+    try:
+        ini.read((layout or Layout()).settings, encoding="utf-8")
     except (configparser.Error, UnicodeDecodeError) as e:
         raise Refusal(f"settings.ini cannot be read: {e}") from None
     given = {s: dict(ini[s]) for s in ini.sections()}

@@ -23,16 +23,21 @@ def read_weights(
 ) -> tuple[dict[str, np.ndarray], dict]:
     "The arrays of a model by name, and what its file says of it: config, provenance, hash."
     from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(str(path), framework="numpy") as f:
             about = json.loads((f.metadata() or {}).get("musicgen", "null"))
             weights = {name: f.get_tensor(name).astype(np.float32) for name in f.keys()}
     except (SafetensorError, OSError, ValueError) as e:
-        raise Refusal(f"{path} is not a model that can be read: {str(e).splitlines()[0][:120]}") from None
+        raise Refusal(
+            f"{path} is not a model that can be read: {str(e).splitlines()[0][:120]}"
+        ) from None
     if not isinstance(about, dict) or not {"config", "provenance", "hash"} <= about.keys():
         raise Refusal(f"{path} holds weights, but not those of a MusicLSTM")
     if about["hash"] != (found := model_hash(weights)):
-        raise Refusal(f"{path} says model {about['hash']}, but its numbers make {found}: it is damaged")
+        raise Refusal(
+            f"{path} says model {about['hash']}, but its numbers make {found}: it is damaged"
+        )
     return weights, about
 
 # %% ../nbs/13_decoder.ipynb #0983ea36
@@ -42,8 +47,12 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 def lstm_step(gates: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "(n, H) output and memory after one step, from (n, 4H) summed gates and the memory before."
     H = c.shape[1]
-    let, forget, show = _sigmoid(gates[:, :H]), _sigmoid(gates[:, H:2 * H]), _sigmoid(gates[:, 3 * H:])
-    c = forget * c + let * np.tanh(gates[:, 2 * H:3 * H])
+    let, forget, show = (
+        _sigmoid(gates[:, :H]),
+        _sigmoid(gates[:, H : 2 * H]),
+        _sigmoid(gates[:, 3 * H :]),
+    )
+    c = forget * c + let * np.tanh(gates[:, 2 * H : 3 * H])
     return show * np.tanh(c), c
 
 # %% ../nbs/13_decoder.ipynb #ca1ce7cd
@@ -69,17 +78,28 @@ class Decoder:
     def __init__(self, weights: dict[str, np.ndarray], vocab: Vocab):
         self.vocab, self.tables = vocab, Tables(vocab)
         layers = sum(name.endswith("weight_ih_l0") for name in weights)
-        cells = [{k: weights[f"tower.lstms.{i}.{k}_l0"] for k in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
-                 for i in range(layers)]
+        cells = [
+            {
+                k: weights[f"tower.lstms.{i}.{k}_l0"]
+                for k in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            }
+            for i in range(layers)
+        ]
         first = np.ascontiguousarray(cells[0]["weight_ih"].T)
-        self.table = weights["seen.weight"] @ first                          # folded: ids -> gates
-        self.hears = np.ascontiguousarray(weights["hears.weight"].T) @ first  # folded: pitches -> gates
+        self.table = weights["seen.weight"] @ first  # folded: ids -> gates
+        self.hears = (
+            np.ascontiguousarray(weights["hears.weight"].T) @ first
+        )  # folded: pitches -> gates
         self.bias = [c["bias_ih"] + c["bias_hh"] for c in cells]
         self.matrix = [np.ascontiguousarray(cells[0]["weight_hh"].T)] + [
-            np.ascontiguousarray(np.concatenate([c["weight_ih"], c["weight_hh"]], 1).T) for c in cells[1:]]
+            np.ascontiguousarray(np.concatenate([c["weight_ih"], c["weight_hh"]], 1).T)
+            for c in cells[1:]
+        ]
         self.heads = {f: _Head.of(weights, f) for f in FIELDS}
         self.width = self.heads["shift"].out.shape[0]
-        self.state = np.ascontiguousarray(np.concatenate([weights[f"heads.{f}.state.weight"] for f in FIELDS]).T)
+        self.state = np.ascontiguousarray(
+            np.concatenate([weights[f"heads.{f}.state.weight"] for f in FIELDS]).T
+        )
         self.state_bias = np.concatenate([weights[f"heads.{f}.state.bias"] for f in FIELDS])
         self.parts = weights["parts.weight"]
         self.interval = np.ascontiguousarray(weights["interval.weight"].T)
@@ -107,21 +127,30 @@ class Decoder:
     def scores(self, field: str, chosen: np.ndarray, held: np.ndarray) -> np.ndarray:
         "(n, V) scores of a field, from the (n, k) ids chosen before it and the (n, 128) pitches that sound."
         head, z = self.heads[field], self.says[field]
-        if head.known is not None: z = z + head.known[chosen[:, :KNOWN[field]]].sum(1)
-        if head.hears is not None: z = z + held.astype(np.float32) @ head.hears
+        if head.known is not None:
+            z = z + head.known[chosen[:, : KNOWN[field]]].sum(1)
+        if head.hears is not None:
+            z = z + held.astype(np.float32) @ head.hears
         z = np.maximum(z, 0)
-        return z @ head.out + head.bias + (self._intervals(z, chosen[:, 5]) if field == "pitch" else 0)
+        return (
+            z @ head.out + head.bias + (self._intervals(z, chosen[:, 5]) if field == "pitch" else 0)
+        )
 
     def _intervals(self, z: np.ndarray, latest: np.ndarray) -> np.ndarray:
         "(n, 128) scores of pitches by their interval from the pitch that the part played last."
         latest, steps = latest - self.tables.chosen_at[5], z @ self.interval
         at = np.arange(PITCHES) - latest[:, None] + PITCHES - 1
-        return np.take_along_axis(steps, np.clip(at, 0, 2 * PITCHES - 2), 1) * (latest < NO_PITCH)[:, None]
+        return (
+            np.take_along_axis(steps, np.clip(at, 0, 2 * PITCHES - 2), 1)
+            * (latest < NO_PITCH)[:, None]
+        )
 
     def part_scores(self, chosen: np.ndarray, held: np.ndarray, parts: np.ndarray) -> np.ndarray:
         "(n, p) scores of pointing at each part, from the (n, p, 4) ids that describe them."
         keys = self.parts[parts].sum(2)
-        return np.einsum("nk,npk->np", self.scores("part", chosen, held), keys) / np.float32(keys.shape[2] ** 0.5)
+        return np.einsum("nk,npk->np", self.scores("part", chosen, held), keys) / np.float32(
+            keys.shape[2] ** 0.5
+        )
 
 # %% ../nbs/13_decoder.ipynb #85cf7cb0
 def sample(

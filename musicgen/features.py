@@ -43,24 +43,38 @@ def make_piece(score: Score, vocab: Vocab, name: str = "", dataset: str = "") ->
 # %% ../nbs/08_features.ipynb #f4498201
 def away(key: str) -> int:
     "Semitones from home to a key of `KEYS`, -5 to 6, the nearest way; 0 where there is no key."
-    if not key: return 0
+    if not key:
+        return 0
     tonic = KEYS.index(key) % 12 - 9 * (KEYS.index(key) >= 12)
     return (tonic + 5) % 12 - 5
 
 def at_home(piece: Piece) -> Piece:
     "The piece in C major or A minor; as it is where it has no key, or would leave the keyboard."
     drums = np.array([p.is_drums for p in piece.header.parts] or [True])
-    mine = (piece.rows[:, DURATION] > 0) & ~drums[piece.rows[:, PART] * (piece.rows[:, DURATION] > 0)]
+    mine = (piece.rows[:, DURATION] > 0) & ~drums[
+        piece.rows[:, PART] * (piece.rows[:, DURATION] > 0)
+    ]
     moved = piece.rows[mine, PITCH].astype(np.int64) - away(piece.key)
-    if not len(moved) or moved.min() < 0 or moved.max() >= PITCHES: return piece
+    if not len(moved) or moved.min() < 0 or moved.max() >= PITCHES:
+        return piece
     rows = piece.rows.copy()
     rows[mine, PITCH] = moved
-    return piece._replace(rows=rows, key=piece.key and KEYS[9 + 12 if KEYS.index(piece.key) >= 12 else 0])
+    return piece._replace(
+        rows=rows, key=piece.key and KEYS[9 + 12 if KEYS.index(piece.key) >= 12 else 0]
+    )
 
 # %% ../nbs/08_features.ipynb #cbbcca9b
 def _header_text(header: Score) -> str:
-    return json.dumps(dict(parts=[list(p) for p in header.parts], ticks=header.ticks, tempos=header.tempos.tolist(),
-                           metres=header.metres.tolist(), keys=header.keys.tolist()), separators=(",", ":"))
+    return json.dumps(
+        dict(
+            parts=[list(p) for p in header.parts],
+            ticks=header.ticks,
+            tempos=header.tempos.tolist(),
+            metres=header.metres.tolist(),
+            keys=header.keys.tolist(),
+        ),
+        separators=(",", ":"),
+    )
 
 def _header_from(text: str) -> Score:
     found = json.loads(text)
@@ -68,7 +82,18 @@ def _header_from(text: str) -> Score:
     return make_score((), parts, ticks=found.pop("ticks"), **found)
 
 # %% ../nbs/08_features.ipynb #e2ec8108
-INDEX = ("name", "dataset", "split", "start", "stop", "key", "density", "licence", "header", "corpus")
+INDEX = (
+    "name",
+    "dataset",
+    "split",
+    "start",
+    "stop",
+    "key",
+    "density",
+    "licence",
+    "header",
+    "corpus",
+)
 
 def _corpus_hash(rows: np.ndarray, vocab: Vocab) -> str:
     "A short name for these rows under this vocabulary."
@@ -86,13 +111,17 @@ class Corpus:
     "The features of one root: `vocab`, `hash`, and the pieces of each split."
 
     def __init__(self, layout: Layout):  # where `write_features` has been
-        if not layout.index.exists(): raise Refusal(f"{layout.index} does not exist; run the features stage first")
+        if not layout.index.exists():
+            raise Refusal(f"{layout.index} does not exist; run the features stage first")
         self.vocab = Vocab.load(layout.vocab)
         self.rows = np.load(layout.corpus, mmap_mode="r")
-        with open(layout.index, newline="", encoding="utf-8") as f: self.lines = list(csv.DictReader(f))
+        with open(layout.index, newline="", encoding="utf-8") as f:
+            self.lines = list(csv.DictReader(f))
         self.hash = _corpus_hash(self.rows, self.vocab)
         if any(line["corpus"] != self.hash for line in self.lines):
-            raise Refusal(f"{layout.index} is the index of another corpus; run the features stage again")
+            raise Refusal(
+                f"{layout.index} is the index of another corpus; run the features stage again"
+            )
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -101,17 +130,28 @@ class Corpus:
 
     def pieces(self, split: str) -> list[Piece]:  # "train", "valid" or "test"
         "The pieces of a split, in the order of their names."
-        rows = self.rows.view(np.ndarray)   # the same memory, without the cost of a memmap at every slice
-        return [Piece(line["name"], line["dataset"], _header_from(line["header"]),
-                      rows[int(line["start"]):int(line["stop"])], line["key"], float(line["density"]))
-                for line in self.lines if line["split"] == split]
+        rows = self.rows.view(
+            np.ndarray
+        )  # the same memory, without the cost of a memmap at every slice
+        return [
+            Piece(
+                line["name"],
+                line["dataset"],
+                _header_from(line["header"]),
+                rows[int(line["start"]) : int(line["stop"])],
+                line["key"],
+                float(line["density"]),
+            )
+            for line in self.lines
+            if line["split"] == split
+        ]
 
 # %% ../nbs/08_features.ipynb #cf43589a
 def write_corpus(
     layout: Layout,
     pieces: list[Piece],
-    splits: list[str],      # of each piece
-    licences: list[str],    # of each piece
+    splits: list[str],  # of each piece
+    licences: list[str],  # of each piece
     vocab: Vocab,
 ) -> Corpus:
     "Vocabulary, packed rows, originality index of the training split, and last, the index that vouches for them."
@@ -121,7 +161,9 @@ def write_corpus(
     layout.index.unlink(missing_ok=True)
     vocab.save(layout.vocab)
     write_atomic(layout.corpus, lambda path: _save_array(path, rows))
-    training = ((p.name, decode(p.rows, p.header, vocab)) for p, s in zip(pieces, splits) if s == "train")
+    training = (
+        (p.name, decode(p.rows, p.header, vocab)) for p, s in zip(pieces, splits) if s == "train"
+    )
     index = OriginalityIndex.build(training)
     index.corpus = name
     index.save(layout.originality)
@@ -129,31 +171,48 @@ def write_corpus(
     table = csv.writer(out)
     table.writerow(INDEX)
     for p, split, stop, licence in zip(pieces, splits, stops, licences):
-        table.writerow([p.name, p.dataset, split, stop - len(p.rows), stop, p.key, f"{p.density:.4f}", licence,
-                        _header_text(p.header), name])
+        table.writerow(
+            [
+                p.name,
+                p.dataset,
+                split,
+                stop - len(p.rows),
+                stop,
+                p.key,
+                f"{p.density:.4f}",
+                licence,
+                _header_text(p.header),
+                name,
+            ]
+        )
     write_atomic(layout.index, out.getvalue())
     return Corpus(layout)
 
 def _save_array(path: Path, rows: np.ndarray):
-    with open(path, "wb") as f: np.save(f, rows, allow_pickle=False)
+    with open(path, "wb") as f:
+        np.save(f, rows, allow_pickle=False)
 
 # %% ../nbs/08_features.ipynb #b4f85729
 def write_features(
     layout: Layout,
-    grid: int = 24,        # steps per quarter note
+    grid: int = 24,  # steps per quarter note
 ) -> list[dict]:
     "Rows of every accepted file. Returns one line a data set: pieces, notes, hours. Refuses a scan without music."
     from musicgen.preprocess import read_scan
+
     scan, vocab = read_scan(layout), Vocab(grid=grid, longest=4 * grid)
     scan = scan[scan.verdict == "ok"].sort_values("path")
-    if not len(scan): raise Refusal(f"{layout.scan} holds no accepted file; see its column 'reason'")
+    if not len(scan):
+        raise Refusal(f"{layout.scan} holds no accepted file; see its column 'reason'")
     pieces = []
     for k, row in enumerate(scan.itertuples(), 1):
         name = row.path.removesuffix(".mid")
         pieces.append(make_piece(read_midi(layout.raw / row.path), vocab, name, name.split("/")[0]))
-        if k % 500 == 0 or k == len(scan): print(f"features: {k}/{len(scan)} pieces", flush=True)
+        if k % 500 == 0 or k == len(scan):
+            print(f"features: {k}/{len(scan)} pieces", flush=True)
     shutil.rmtree(layout.tokens, ignore_errors=True)
-    for p in pieces: write_atomic(layout.tokens / f"{p.name}.npy", lambda path, p=p: _save_array(path, p.rows))
+    for p in pieces:
+        write_atomic(layout.tokens / f"{p.name}.npy", lambda path, p=p: _save_array(path, p.rows))
     write_corpus(layout, pieces, list(scan.split), list(scan.licence.astype(str)), vocab)
     return _summary(pieces, list(scan.seconds))
 
@@ -179,10 +238,26 @@ def write_example(
     return Corpus(layout)
 
 # %% ../nbs/08_features.ipynb #3ca69c69
-METRES = ((4, 4), (3, 4), (2, 4), (2, 2), (6, 8), (3, 8), (9, 8), (12, 8), (5, 4), (7, 8), (3, 2), (6, 4), (5, 8))
-CONTROLS = dict(tempo=16, metre=len(METRES) + 1, key=len(KEYS) + 1, density=8, source=64)  # how many values each has
-BARS_LEFT = 18      # 0: not told, 1 to 16 bars, 17: more
-RANKS = 4           # first, second, third, further part of one program
+METRES = (
+    (4, 4),
+    (3, 4),
+    (2, 4),
+    (2, 2),
+    (6, 8),
+    (3, 8),
+    (9, 8),
+    (12, 8),
+    (5, 4),
+    (7, 8),
+    (3, 2),
+    (6, 4),
+    (5, 8),
+)
+CONTROLS = dict(
+    tempo=16, metre=len(METRES) + 1, key=len(KEYS) + 1, density=8, source=64
+)  # how many values each has
+BARS_LEFT = 18  # 0: not told, 1 to 16 bars, 17: more
+RANKS = 4  # first, second, third, further part of one program
 NOBODY = DRUMS + 1  # the program of no part
 NO_PITCH = PITCHES  # the pitch of a part that has not played
 
@@ -190,15 +265,27 @@ NO_PITCH = PITCHES  # the pitch of a part that has not played
 def controls(
     bpm: float,
     metre: tuple[int, int],
-    key: str = "",             # one of `KEYS`, or ""
-    density: float = 0,        # notes per quarter note, 0: not told
-    source: int = 0,           # the place of the data set among the model's sources, from 1
+    key: str = "",  # one of `KEYS`, or ""
+    density: float = 0,  # notes per quarter note, 0: not told
+    source: int = 0,  # the place of the data set among the model's sources, from 1
 ) -> np.ndarray:
     "int64 (5,): the controls of a piece, in the order of `CONTROLS`."
     tempo = 1 + int(np.clip(round(4 * np.log2(bpm / 30)), 0, CONTROLS["tempo"] - 2))
-    crowd = 1 + int(np.clip(round(2 * np.log2(density)) + 2, 0, CONTROLS["density"] - 2)) if density > 0 else 0
-    return np.array([tempo, 1 + METRES.index(metre) if metre in METRES else 0,
-                     1 + KEYS.index(key) if key else 0, crowd, source], np.int64)
+    crowd = (
+        1 + int(np.clip(round(2 * np.log2(density)) + 2, 0, CONTROLS["density"] - 2))
+        if density > 0
+        else 0
+    )
+    return np.array(
+        [
+            tempo,
+            1 + METRES.index(metre) if metre in METRES else 0,
+            1 + KEYS.index(key) if key else 0,
+            crowd,
+            source,
+        ],
+        np.int64,
+    )
 
 # %% ../nbs/08_features.ipynb #5e1c3bcb
 def ensemble(parts: tuple[Part, ...]) -> np.ndarray:
@@ -213,7 +300,9 @@ def ensemble(parts: tuple[Part, ...]) -> np.ndarray:
 # %% ../nbs/08_features.ipynb #ba52af40
 BEATS = 16  # quarters of a bar that are told apart
 
-def _places(steps: np.ndarray, header: Score, vocab: Vocab, until: int) -> tuple[np.ndarray, np.ndarray]:
+def _places(
+    steps: np.ndarray, header: Score, vocab: Vocab, until: int
+) -> tuple[np.ndarray, np.ndarray]:
     "For each grid step: (n, 2) beat and step within the beat, and (n,) its bar, counted from 0."
     lines = _grid_lines(header, vocab, until)
     bar = np.searchsorted(lines, steps, side="right") - 1
@@ -222,23 +311,39 @@ def _places(steps: np.ndarray, header: Score, vocab: Vocab, until: int) -> tuple
 
 def _grid_lines(header: Score, vocab: Vocab, until: int) -> np.ndarray:
     from musicgen.score import on_grid
+
     return on_grid(header.header, vocab.grid).bar_lines(until + 1)
 
 # %% ../nbs/08_features.ipynb #b4cc6087
-SEEN = ("shift", "program", "rank", "pitch", "duration", "velocity", "beat", "step", "wait", "bars_left")
+SEEN = (
+    "shift",
+    "program",
+    "rank",
+    "pitch",
+    "duration",
+    "velocity",
+    "beat",
+    "step",
+    "wait",
+    "bars_left",
+)
 NOW = ("beat", "step")
-AWAY, UNHEARD, SILENT, PAUSED, READY, BUSY = range(6)  # a part's state: not to be chosen, has not played yet,
-                                                       # silent for over a beat, for less, ends here, sounds on
+AWAY, UNHEARD, SILENT, PAUSED, READY, BUSY = range(
+    6
+)  # a part's state: not to be chosen, has not played yet,
+
+# silent for over a beat, for less, ends here, sounds on
 @dataclass
 class Sight:
     "What is known before each of the n + 1 rows of a piece (the last is the end), and what was chosen."
-    seen: np.ndarray      # int64 (n + 1, 10): `SEEN`, before the shift
-    held: np.ndarray      # bool (n + 1, 128): pitches that sound before the shift
-    now: np.ndarray       # int64 (n + 1, 2): `NOW`, after the shift
+
+    seen: np.ndarray  # int64 (n + 1, 10): `SEEN`, before the shift
+    held: np.ndarray  # bool (n + 1, 128): pitches that sound before the shift
+    now: np.ndarray  # int64 (n + 1, 2): `NOW`, after the shift
     held_now: np.ndarray  # bool (n + 1, 128): pitches that sound after the shift
-    state: np.ndarray     # int64 (n + 1, p): of each part, after the shift
-    latest: np.ndarray    # int64 (n + 1, p): the pitch that each part played last
-    target: np.ndarray    # int64 (n + 1, 5): the row itself; -1 where there is nothing to choose
+    state: np.ndarray  # int64 (n + 1, p): of each part, after the shift
+    latest: np.ndarray  # int64 (n + 1, p): the pitch that each part played last
+    target: np.ndarray  # int64 (n + 1, 5): the row itself; -1 where there is nothing to choose
     ensemble: np.ndarray  # int64 (p, 2)
     controls: np.ndarray  # int64 (5,)
 
@@ -264,23 +369,25 @@ def _last_rows(part: np.ndarray, sounds: np.ndarray, parts: int) -> np.ndarray:
 def _states(ends: np.ndarray, onsets: np.ndarray, passed: np.ndarray, grid: int) -> np.ndarray:
     "int64 (n, p) states; `ends` is -1 where a part has not played."
     since = onsets[:, None] - ends
-    state = np.select([ends < 0, since > grid, since > 0, since == 0], [UNHEARD, SILENT, PAUSED, READY], BUSY)
+    state = np.select(
+        [ends < 0, since > grid, since > 0, since == 0], [UNHEARD, SILENT, PAUSED, READY], BUSY
+    )
     return np.where(passed, AWAY, state)
 
 # %% ../nbs/08_features.ipynb #01722fab
 def look(
     piece: Piece,
     vocab: Vocab,
-    told: np.ndarray,               # the controls, from `controls`
-    bars: int | None = None,        # how many the piece has; None: as many as it fills
+    told: np.ndarray,  # the controls, from `controls`
+    bars: int | None = None,  # how many the piece has; None: as many as it fills
 ) -> Sight:
     "The sight of a whole piece, every row at once."
     rows, n, parts = piece.rows.astype(np.int64), len(piece.rows), len(piece.header.parts)
     who, grid = ensemble(piece.header.parts), vocab.grid
     onsets = onsets_of(rows, vocab)
     sounds = rows[:, SHIFT] <= vocab.longest
-    at = np.append(onsets, onsets[-1] if n else 0)                      # of each row; the end stays where it is
-    before = np.append(0, onsets)                                       # of the row before
+    at = np.append(onsets, onsets[-1] if n else 0)  # of each row; the end stays where it is
+    before = np.append(0, onsets)  # of the row before
     place, bar = _places(at, piece.header, vocab, int(at[-1]))
     bars = int(bar.max()) + 1 if bars is None else bars
     last = _last_rows(rows[:, PART], sounds, parts)
@@ -292,11 +399,25 @@ def look(
     held = np.zeros_like(held_now)
     held[1:] = held_now[:-1]
     held[1:][np.flatnonzero(pitched), rows[pitched, PITCH]] = True
-    turn = np.append(-1, np.where(sounds, rows[:, PART], -1))           # who played the row before
-    target = np.concatenate([np.where(sounds[:, None] | (np.arange(5) == SHIFT), rows, -1), [[vocab.end, -1, -1, -1, -1]]])
+    turn = np.append(-1, np.where(sounds, rows[:, PART], -1))  # who played the row before
+    target = np.concatenate(
+        [
+            np.where(sounds[:, None] | (np.arange(5) == SHIFT), rows, -1),
+            [[vocab.end, -1, -1, -1, -1]],
+        ]
+    )
     passed = (target[:, [SHIFT]] == 0) & (np.arange(parts) < turn[:, None])
-    return Sight(_seen(rows, who, place, bar, bars, sounds, ends, before, vocab), held, place, held_now,
-                 _states(ends, at, passed, grid), latest, target, who, told)
+    return Sight(
+        _seen(rows, who, place, bar, bars, sounds, ends, before, vocab),
+        held,
+        place,
+        held_now,
+        _states(ends, at, passed, grid),
+        latest,
+        target,
+        who,
+        told,
+    )
 
 # %% ../nbs/08_features.ipynb #9b493d6b
 def _seen(rows, who, place, bar, bars, sounds, ends, before, vocab) -> np.ndarray:
@@ -305,27 +426,33 @@ def _seen(rows, who, place, bar, bars, sounds, ends, before, vocab) -> np.ndarra
     seen = np.zeros((n + 1, len(SEEN)), np.int64)
     seen[0, :4] = vocab.start, NOBODY, 0, NO_PITCH
     seen[1:, 0] = rows[:, SHIFT]
-    if n: seen[1:, 1:3] = np.where(sounds[:, None], who[rows[:, PART]], [NOBODY, 0])
+    if n:
+        seen[1:, 1:3] = np.where(sounds[:, None], who[rows[:, PART]], [NOBODY, 0])
     seen[1:, 3] = np.where(sounds, rows[:, PITCH], NO_PITCH)
     seen[1:, 4:6] = rows[:, DURATION:]
     seen[1:, 6:8] = place[:-1]
-    left = np.where(ends > before[:, None], ends - before[:, None], 2 * vocab.longest).min(1, initial=2 * vocab.longest)
+    left = np.where(ends > before[:, None], ends - before[:, None], 2 * vocab.longest).min(
+        1, initial=2 * vocab.longest
+    )
     seen[:, 8] = np.where(left > vocab.longest, 0, left)
     seen[:, 9] = np.clip(bars - np.append(0, bar[:-1]), 1, BARS_LEFT - 1)
     return seen
 
 # %% ../nbs/08_features.ipynb #62b747e7
-KNOWN = dict(part=3, pitch=6, duration=7, velocity=8)  # how many chosen columns are known before each field
+KNOWN = dict(
+    part=3, pitch=6, duration=7, velocity=8
+)  # how many chosen columns are known before each field
 
 class Ids(NamedTuple):
     "The sight of a piece (n rows and the end) in ids. `p` is the number of parts."
-    seen: np.ndarray      # int64 (n + 1, 15 + p): `SEEN`, the controls, the members of the ensemble
-    held: np.ndarray      # bool (n + 1, 128)
-    chosen: np.ndarray    # int64 (n + 1, 8): in the order in which they become known
+
+    seen: np.ndarray  # int64 (n + 1, 15 + p): `SEEN`, the controls, the members of the ensemble
+    held: np.ndarray  # bool (n + 1, 128)
+    chosen: np.ndarray  # int64 (n + 1, 8): in the order in which they become known
     held_now: np.ndarray  # bool (n + 1, 128)
-    parts: np.ndarray     # int64 (n + 1, p, 4)
-    away: np.ndarray      # bool (n + 1, p): parts that cannot be chosen
-    target: np.ndarray    # int64 (n + 1, 5)
+    parts: np.ndarray  # int64 (n + 1, p, 4)
+    away: np.ndarray  # bool (n + 1, p): parts that cannot be chosen
+    target: np.ndarray  # int64 (n + 1, 5)
 
 # %% ../nbs/08_features.ipynb #97198614
 class Tables:
@@ -333,13 +460,41 @@ class Tables:
 
     def __init__(self, vocab: Vocab):
         shift, _, pitch, duration, velocity = vocab.sizes
-        self.seen = dict(zip(SEEN, (shift, NOBODY + 1, RANKS, NO_PITCH + 1, duration, velocity, BEATS, vocab.grid,
-                                    vocab.longest + 1, BARS_LEFT))) | CONTROLS | {"member": NOBODY * RANKS}
-        self.chosen = dict(shift=shift, beat=BEATS, step=vocab.grid, program=NOBODY, rank=RANKS,
-                           latest=NO_PITCH + 1, pitch=pitch, duration=duration)
+        self.seen = (
+            dict(
+                zip(
+                    SEEN,
+                    (
+                        shift,
+                        NOBODY + 1,
+                        RANKS,
+                        NO_PITCH + 1,
+                        duration,
+                        velocity,
+                        BEATS,
+                        vocab.grid,
+                        vocab.longest + 1,
+                        BARS_LEFT,
+                    ),
+                )
+            )
+            | CONTROLS
+            | {"member": NOBODY * RANKS}
+        )
+        self.chosen = dict(
+            shift=shift,
+            beat=BEATS,
+            step=vocab.grid,
+            program=NOBODY,
+            rank=RANKS,
+            latest=NO_PITCH + 1,
+            pitch=pitch,
+            duration=duration,
+        )
         self.parts = dict(program=NOBODY, rank=RANKS, state=BUSY + 1, latest=NO_PITCH + 1)
         self.seen_at, self.chosen_at, self.parts_at = (
-            1 + np.cumsum([0, *t.values()])[:-1] for t in (self.seen, self.chosen, self.parts))
+            1 + np.cumsum([0, *t.values()])[:-1] for t in (self.seen, self.chosen, self.parts)
+        )
 
     def told(self, controls: np.ndarray, who: np.ndarray) -> np.ndarray:
         "Ids of what holds for a whole piece: its controls (5,) and its ensemble (p, 2)."
@@ -351,8 +506,19 @@ class Tables:
         told = np.broadcast_to(self.told(sight.controls, sight.ensemble), (n, 5 + p))
         of = np.maximum(sight.target, 0)
         who = sight.ensemble[of[:, 1]] if p else np.zeros((n, 2), np.int64)
-        latest = np.take_along_axis(sight.latest, of[:, [1]], 1) if p else np.zeros((n, 1), np.int64)
+        latest = (
+            np.take_along_axis(sight.latest, of[:, [1]], 1) if p else np.zeros((n, 1), np.int64)
+        )
         chosen = np.concatenate([of[:, :1], sight.now, who, latest, of[:, 2:4]], 1) + self.chosen_at
-        described = np.stack([*np.broadcast_arrays(*sight.ensemble.T[:, None], sight.state), sight.latest], -1)
-        return Ids(np.concatenate([sight.seen + self.seen_at[:10], told], 1), sight.held, chosen, sight.held_now,
-                   described + self.parts_at, sight.state == AWAY, sight.target)
+        described = np.stack(
+            [*np.broadcast_arrays(*sight.ensemble.T[:, None], sight.state), sight.latest], -1
+        )
+        return Ids(
+            np.concatenate([sight.seen + self.seen_at[:10], told], 1),
+            sight.held,
+            chosen,
+            sight.held_now,
+            described + self.parts_at,
+            sight.state == AWAY,
+            sight.target,
+        )

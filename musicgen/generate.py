@@ -21,25 +21,103 @@ import numpy as np
 from . import __version__
 from .core import Layout, Refusal, read_settings
 from .decoder import Decoder, read_weights, sample
-from .features import (AWAY, BARS_LEFT, BEATS, NO_PITCH, NOBODY, Tables, _states, away, controls, ensemble)
+from musicgen.features import (
+    AWAY,
+    BARS_LEFT,
+    BEATS,
+    NO_PITCH,
+    NOBODY,
+    Tables,
+    _states,
+    away,
+    controls,
+    ensemble,
+)
 from .metrics import density as density_of
 from .metrics import find_key, parse_key, KEYS
 from .originality import OriginalityIndex
-from .score import (DRUMS, DURATION, FAMILIES, GM, ONSET, PART, PITCH, PITCHES, RANGES, TICKS, VELOCITY, Part,
-                            Score, lint, make_score, on_grid, read_midi, velocity_of, write_midi)
+from musicgen.score import (
+    DRUMS,
+    DURATION,
+    FAMILIES,
+    GM,
+    ONSET,
+    PART,
+    PITCH,
+    PITCHES,
+    RANGES,
+    TICKS,
+    VELOCITY,
+    Part,
+    Score,
+    lint,
+    make_score,
+    on_grid,
+    read_midi,
+    velocity_of,
+    write_midi,
+)
 from .tokens import FIELDS, Vocab
 
 # %% ../nbs/14_generate.ipynb #10364a6c
 NICKNAMES = {
-    "piano": 0, "grand piano": 0, "keys": 4, "electric piano": 4, "rhodes": 4, "organ": 16, "pipe organ": 19, "hammond": 16,
-    "guitar": 24, "acoustic guitar": 24, "nylon guitar": 24, "steel guitar": 25, "electric guitar": 27, "jazz guitar": 26,
-    "clean guitar": 27, "distorted guitar": 30, "bass": 33, "bass guitar": 33, "electric bass": 33, "upright bass": 32,
-    "double bass": 32, "slap bass": 36, "synth bass": 38, "strings": 48, "string section": 48, "harp": 46,
-    "choir": 52, "vocals": 53, "voice": 53, "horn": 60, "sax": 66, "saxophone": 66,
-    "tin whistle": 78, "synth": 80, "lead": 80, "synth lead": 80, "pad": 88, "synth pad": 88, "vibes": 11,
-    "bagpipes": 109, "brass": 61, "woodwind": 73, "reed": 71, "pipe": 73, "ethnic": 104, "percussive": 114,
-    "chromatic percussion": 12, "ensemble": 48, "synth effects": 96, "sound effects": 122,
-    "drums": DRUMS, "drum": DRUMS, "drum kit": DRUMS, "drumkit": DRUMS, "kit": DRUMS, "percussion": DRUMS}
+    "piano": 0,
+    "grand piano": 0,
+    "keys": 4,
+    "electric piano": 4,
+    "rhodes": 4,
+    "organ": 16,
+    "pipe organ": 19,
+    "hammond": 16,
+    "guitar": 24,
+    "acoustic guitar": 24,
+    "nylon guitar": 24,
+    "steel guitar": 25,
+    "electric guitar": 27,
+    "jazz guitar": 26,
+    "clean guitar": 27,
+    "distorted guitar": 30,
+    "bass": 33,
+    "bass guitar": 33,
+    "electric bass": 33,
+    "upright bass": 32,
+    "double bass": 32,
+    "slap bass": 36,
+    "synth bass": 38,
+    "strings": 48,
+    "string section": 48,
+    "harp": 46,
+    "choir": 52,
+    "vocals": 53,
+    "voice": 53,
+    "horn": 60,
+    "sax": 66,
+    "saxophone": 66,
+    "tin whistle": 78,
+    "synth": 80,
+    "lead": 80,
+    "synth lead": 80,
+    "pad": 88,
+    "synth pad": 88,
+    "vibes": 11,
+    "bagpipes": 109,
+    "brass": 61,
+    "woodwind": 73,
+    "reed": 71,
+    "pipe": 73,
+    "ethnic": 104,
+    "percussive": 114,
+    "chromatic percussion": 12,
+    "ensemble": 48,
+    "synth effects": 96,
+    "sound effects": 122,
+    "drums": DRUMS,
+    "drum": DRUMS,
+    "drum kit": DRUMS,
+    "drumkit": DRUMS,
+    "kit": DRUMS,
+    "percussion": DRUMS,
+}
 
 _BY_NAME = NICKNAMES | {name.lower(): k for k, name in enumerate(GM)}
 
@@ -50,59 +128,92 @@ def find_program(
     "The program of an instrument, `DRUMS` for the kit. Refuses what nobody plays, with the nearest names."
     text = " ".join(str(name).strip().lower().split())
     if text.isdigit():
-        if int(text) < len(GM): return int(text)
+        if int(text) < len(GM):
+            return int(text)
         raise Refusal(f"program {text} is above the limit of {len(GM) - 1}; for drums say 'Drums'")
-    if text in _BY_NAME: return _BY_NAME[text]
-    near = difflib.get_close_matches(text, _BY_NAME, 3, 0.5) or [k for k in _BY_NAME if text and text in k][:3]
+    if text in _BY_NAME:
+        return _BY_NAME[text]
+    near = (
+        difflib.get_close_matches(text, _BY_NAME, 3, 0.5)
+        or [k for k in _BY_NAME if text and text in k][:3]
+    )
     titles = [("Drums" if _BY_NAME[n] == DRUMS else GM[_BY_NAME[n]]) for n in near]
-    hint = f"; did you mean {' or '.join(dict.fromkeys(titles))}?" if near else "; see the list of instruments"
+    hint = (
+        f"; did you mean {' or '.join(dict.fromkeys(titles))}?"
+        if near
+        else "; see the list of instruments"
+    )
     raise Refusal(f"no instrument is called {str(name)[:60]!r}{hint}")
 
 def instruments() -> list[dict]:
     "All that can be asked for: name, program and family, the drum kit first."
     return [dict(name="Drums", program=DRUMS, family="Drums")] + [
-        dict(name=name, program=k, family=FAMILIES[k // 8]) for k, name in enumerate(GM)]
+        dict(name=name, program=k, family=FAMILIES[k // 8]) for k, name in enumerate(GM)
+    ]
 
 # %% ../nbs/14_generate.ipynb #97a0ae07
 MAX_PARTS = 16
 
 def _ask(default, help: str, low=None, high=None, choices: tuple = ()):
     "A field of a request: what it is if nobody says, how far it goes, what it means."
-    made = dict(default_factory=lambda: list(default)) if isinstance(default, list) else dict(default=default)
+    made = (
+        dict(default_factory=lambda: list(default))
+        if isinstance(default, list)
+        else dict(default=default)
+    )
     return field(metadata=dict(help=help, low=low, high=high, choices=choices), **made)
 
 # %% ../nbs/14_generate.ipynb #3b866fa2
 @dataclass
 class Request:
     "What a musician may ask."
-    instruments: list[str] = _ask(["Acoustic Grand Piano"], "who plays, one part each, from top to bottom", 1, MAX_PARTS)
+
+    instruments: list[str] = _ask(
+        ["Acoustic Grand Piano"], "who plays, one part each, from top to bottom", 1, MAX_PARTS
+    )
     bars: int = _ask(8, "how many bars", 1, 64)
     tempo: float = _ask(96.0, "quarter notes per minute", 30.0, 300.0)
-    time_signature: str = _ask("4/4", "beats to the bar and what a beat is, as 3/4; up to 16, over 2, 4, 8 or 16")
+    time_signature: str = _ask(
+        "4/4", "beats to the bar and what a beat is, as 3/4; up to 16, over 2, 4, 8 or 16"
+    )
     key: str = _ask("", "as in 'D minor'; empty: one that the seed draws. Steered, not promised")
-    density: float = _ask(0.0, "notes per quarter note, of all parts together; 0: as it likes. Steered", 0.0, 32.0)
-    style: str = _ask("", "in the manner of one of the model's sources; empty: of none in particular")
-    temperature: float = _ask(0.95, "how daring: below 1 tame, above 1 wild", 0.0, 2.0)
-    top_p: float = _ask(0.98, "share of the likeliest choices that are kept", 0.05, 1.0)
-    min_p: float = _ask(0.02, "choices less likely than this fraction of the likeliest are dropped", 0.0, 0.5)
+    density: float = _ask(
+        0.0, "notes per quarter note, of all parts together; 0: as it likes. Steered", 0.0, 32.0
+    )
+    style: str = _ask(
+        "", "in the manner of one of the model's sources; empty: of none in particular"
+    )
+    temperature: float = _ask(0.9, "how daring: below 1 tame, above 1 wild", 0.0, 2.0)
+    top_p: float = _ask(0.95, "share of the likeliest choices that are kept", 0.05, 1.0)
+    min_p: float = _ask(
+        0.03, "choices less likely than this fraction of the likeliest are dropped", 0.0, 0.5
+    )
     seed: int = _ask(0, "the same seed and request give the same music", 0, 2**31 - 1)
     takes: int = _ask(1, "how many different takes", 1, 8)
 
     def __post_init__(self):
-        for f in fields(self): setattr(self, f.name, _checked(f, getattr(self, f.name)))
-        self.programs, self.metre = [find_program(n) for n in self.instruments], _metre(self.time_signature)
-        if self.key: self.key = KEYS[parse_key(self.key)]
+        for f in fields(self):
+            setattr(self, f.name, _checked(f, getattr(self, f.name)))
+        self.programs, self.metre = (
+            [find_program(n) for n in self.instruments],
+            _metre(self.time_signature),
+        )
+        if self.key:
+            self.key = KEYS[parse_key(self.key)]
 
     @classmethod
     def from_dict(cls, given: dict) -> "Request":
         "The request of plain values, as JSON has them. Refuses unknown names, wrong types, values out of range."
-        if not isinstance(given, dict): raise Refusal(f"a request is an object of fields, not {type(given).__name__}")
+        if not isinstance(given, dict):
+            raise Refusal(f"a request is an object of fields, not {type(given).__name__}")
         names = [f.name for f in fields(cls)]
         for name in given:
             if name not in names:
                 near = difflib.get_close_matches(str(name), names, 1)
-                raise Refusal(f"a request has no field {str(name)[:60]!r}" + (f"; did you mean {near[0]!r}?" if near else
-                              f"; it has {', '.join(names)}"))
+                raise Refusal(
+                    f"a request has no field {str(name)[:60]!r}"
+                    + (f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(names)}")
+                )
         return cls(**given)
 
     def to_dict(self) -> dict:
@@ -112,44 +223,70 @@ class Request:
     @classmethod
     def spec(cls) -> list[dict]:
         "The fields as data: name, type, default, low, high, choices, help."
-        return [dict(name=f.name, type={list[str]: "list", int: "int", float: "float", str: "str"}[f.type],
-                     default=f.default_factory() if f.default is MISSING else f.default, **f.metadata) for f in fields(cls)]
+        return [
+            dict(
+                name=f.name,
+                type={list[str]: "list", int: "int", float: "float", str: "str"}[f.type],
+                default=f.default_factory() if f.default is MISSING else f.default,
+                **f.metadata,
+            )
+            for f in fields(cls)
+        ]
 
 # %% ../nbs/14_generate.ipynb #75b093a2
 def _checked(f, value):
     "The value of a field in its type and inside its limits, or a refusal in one sentence."
     low, high, name = f.metadata["low"], f.metadata["high"], f.name
-    if f.type in (int, float): value = _number(name, value, f.type)
+    if f.type in (int, float):
+        value = _number(name, value, f.type)
     elif f.type is str:
-        if not isinstance(value, str): raise Refusal(f"{name} is {value!r}; it takes a text such as {f.default!r}")
+        if not isinstance(value, str):
+            raise Refusal(f"{name} is {value!r}; it takes a text such as {f.default!r}")
         value = value.strip()
     else:
-        if isinstance(value, str): value = [v.strip() for v in value.split(",") if v.strip()]
-        if not isinstance(value, (list, tuple)) or any(not isinstance(v, (str, int)) or isinstance(v, bool) for v in value):
-            raise Refusal(f"{name} is {str(value)[:60]!r}; it takes a list of names such as ['Violin', 'Cello']")
+        if isinstance(value, str):
+            value = [v.strip() for v in value.split(",") if v.strip()]
+        if not isinstance(value, (list, tuple)) or any(
+            not isinstance(v, (str, int)) or isinstance(v, bool) for v in value
+        ):
+            raise Refusal(
+                f"{name} is {str(value)[:60]!r}; it takes a list of names such as ['Violin', 'Cello']"
+            )
         value = [str(v) for v in value]
-        if not low <= len(value) <= high: raise Refusal(f"{name} names {len(value)} parts, outside {low} to {high}")
+        if not low <= len(value) <= high:
+            raise Refusal(f"{name} names {len(value)} parts, outside {low} to {high}")
         return value
-    if low is not None and not low <= value <= high: raise Refusal(f"{name} {value} is outside {low} to {high}")
+    if low is not None and not low <= value <= high:
+        raise Refusal(f"{name} {value} is outside {low} to {high}")
     return value
 
 def _number(name: str, value, kind: type):
     "A finite number of the kind, from a number or its text."
     word = "a whole number" if kind is int else "a number"
     try:
-        if isinstance(value, bool): raise ValueError
+        if isinstance(value, bool):
+            raise ValueError
         number = float(value)
-        if not np.isfinite(number) or (kind is int and number != int(number)): raise ValueError
+        if not np.isfinite(number) or (kind is int and number != int(number)):
+            raise ValueError
     except (TypeError, ValueError, OverflowError):
-        said = repr(str(value)[:60]) if not isinstance(value, int) or abs(value) < 1e60 else "far too large"
+        said = (
+            repr(str(value)[:60])
+            if not isinstance(value, int) or abs(value) < 1e60
+            else "far too large"
+        )
         raise Refusal(f"{name} is {said}; it takes {word}") from None
     return kind(value) if kind is int and isinstance(value, int) else kind(number)
 
 def _metre(text: str) -> tuple[int, int]:
     "(3, 4) from '3/4'."
     top, _, bottom = text.partition("/")
-    if not (top.strip().isdecimal() and bottom.strip() in ("2", "4", "8", "16") and 1 <= int(top) <= 16):
-        raise Refusal(f"time_signature {text[:20]!r} is not one to play in; it takes 1 to 16 over 2, 4, 8 or 16, such as '3/4'")
+    if not (
+        top.strip().isdecimal() and bottom.strip() in ("2", "4", "8", "16") and 1 <= int(top) <= 16
+    ):
+        raise Refusal(
+            f"time_signature {text[:20]!r} is not one to play in; it takes 1 to 16 over 2, 4, 8 or 16, such as '3/4'"
+        )
     return int(top), int(bottom)
 
 # %% ../nbs/14_generate.ipynb #e1642222
@@ -181,11 +318,20 @@ def open_studio(layout: Layout | None = None) -> Studio:  # whose model; None: t
     named = read_settings(layout)["paths"]["model"]
     path = layout.root / Path(named).expanduser() if named else layout.weights
     if not path.exists():
-        raise ModelMissing(f"there is no model at {path}; `make run` (or `python run_pipeline.py`) trains one in minutes")
+        raise ModelMissing(
+            f"there is no model at {path}; `make run` (or `python run_pipeline.py`) trains one in minutes"
+        )
     weights, about = read_weights(path)
     index = path.parent / layout.model_originality.name
-    return Studio(weights, Vocab(**about["config"]["vocab"]), tuple(about["config"]["sources"]), about["hash"], path,
-                  about["provenance"], OriginalityIndex.load(index) if index.exists() else None)
+    return Studio(
+        weights,
+        Vocab(**about["config"]["vocab"]),
+        tuple(about["config"]["sources"]),
+        about["hash"],
+        path,
+        about["provenance"],
+        OriginalityIndex.load(index) if index.exists() else None,
+    )
 
 # %% ../nbs/14_generate.ipynb #6c1b5e34
 def _some_key(seed: int) -> str:
@@ -207,18 +353,31 @@ class _Band:
 
     def __init__(self, request: Request, vocab: Vocab):
         num, den = request.metre
-        self.vocab, self.bars, self.bar = vocab, request.bars, 4 * vocab.grid * num // den   # steps of a bar
+        self.vocab, self.bars, self.bar = (
+            vocab,
+            request.bars,
+            4 * vocab.grid * num // den,
+        )  # steps of a bar
         self.total, self.last_bar = self.bar * request.bars, self.bar * (request.bars - 1)
-        self.order = sorted(range(len(request.programs)), key=lambda k: request.programs[k] == DRUMS)
-        programs = [request.programs[k] for k in self.order]       # as in training: the drums come last
+        self.order = sorted(
+            range(len(request.programs)), key=lambda k: request.programs[k] == DRUMS
+        )
+        programs = [request.programs[k] for k in self.order]  # as in training: the drums come last
         self.who = ensemble(tuple(Part(p) for p in programs))
-        low, high = np.array([DRUM_RANGE if p == DRUMS else RANGES[p] for p in programs]).T[:, :, None]
-        self.pitched, self.by = self.who[:, 0] != DRUMS, away(request.key or _some_key(request.seed))
-        heard = np.arange(PITCHES) + self.by * self.pitched[:, None]   # played at home, heard in the key
+        low, high = np.array([DRUM_RANGE if p == DRUMS else RANGES[p] for p in programs]).T[
+            :, :, None
+        ]
+        self.pitched, self.by = (
+            self.who[:, 0] != DRUMS,
+            away(request.key or _some_key(request.seed)),
+        )
+        heard = (
+            np.arange(PITCHES) + self.by * self.pitched[:, None]
+        )  # played at home, heard in the key
         self.range = (heard >= low) & (heard <= high)
         n = len(self.who)
-        self.ends = np.zeros((n, PITCHES), np.int64)               # when each pitch of each part stops
-        self.end, self.latest = np.full(n, -1), np.full(n, NO_PITCH)   # of each part's latest note
+        self.ends = np.zeros((n, PITCHES), np.int64)  # when each pitch of each part stops
+        self.end, self.latest = np.full(n, -1), np.full(n, NO_PITCH)  # of each part's latest note
         self.limit = LONGEST_SILENCE * self.bar
         self.heard = np.full(n, min(LONGEST_SILENCE, request.bars // 4) * self.bar - self.limit)
         self.played, self.turn, self.last = np.zeros(n, bool), NEW_STEP, None
@@ -228,11 +387,17 @@ class _Band:
         "(10,) what is seen before the next shift: the columns `SEEN`."
         v, where = self.vocab, self.now % self.bar
         wait = int((self.end - self.now)[self.end > self.now].min(initial=v.longest + 1))
-        around = [min(where // v.grid, BEATS - 1), where % v.grid, wait if wait <= v.longest else 0,
-                  min(max(self.bars - self.now // self.bar, 1), BARS_LEFT - 1)]
-        if self.last is None: return np.array([v.start, NOBODY, 0, NO_PITCH, 0, 0, *around])
+        around = [
+            min(where // v.grid, BEATS - 1),
+            where % v.grid,
+            wait if wait <= v.longest else 0,
+            min(max(self.bars - self.now // self.bar, 1), BARS_LEFT - 1),
+        ]
+        if self.last is None:
+            return np.array([v.start, NOBODY, 0, NO_PITCH, 0, 0, *around])
         shift, part, pitch, duration, velocity = self.last
-        if shift == v.rest: return np.array([shift, NOBODY, 0, NO_PITCH, 0, 0, *around])
+        if shift == v.rest:
+            return np.array([shift, NOBODY, 0, NO_PITCH, 0, 0, *around])
         return np.array([shift, *self.who[part], pitch, duration, velocity, *around])
 
     def held(self) -> np.ndarray:
@@ -243,7 +408,8 @@ class _Band:
         "bool (p, 128): what each part could begin at this step, its turn considered."
         sounding, (part, pitch) = self.ends > self.now, self.turn
         can = self.range & ~sounding & (sounding.sum(1) < MOST_HELD)[:, None]
-        if part >= 0: can[:part], can[part, :pitch + 1] = False, False
+        if part >= 0:
+            can[:part], can[part, : pitch + 1] = False, False
         return can
 
     def ready(self) -> int:
@@ -259,20 +425,21 @@ class _Band:
 def _may_shift(band: _Band) -> np.ndarray:
     "bool (V,): the shifts that keep the promises."
     v, allowed = band.vocab, np.zeros(band.vocab.end + 1, bool)
-    room = band.total - 1 - band.now                             # steps before the last bar line
-    allowed[band.ready():min(room, v.longest) + 1] = True
+    room = band.total - 1 - band.now  # steps before the last bar line
+    allowed[band.ready() : min(room, v.longest) + 1] = True
     allowed[0] = band.free().any() and (band.last is None or band.last[0] != v.rest)
     allowed[v.rest] = room > v.longest
-    if band.in_bar >= BUSY_BAR * len(band.who):                  # full: on to the next line
-        allowed[:min(band.bar - band.now % band.bar, v.longest + 1)] = False
-    if band.last is None: allowed[1:] = False                    # the music begins with the first bar
+    if band.in_bar >= BUSY_BAR * len(band.who):  # full: on to the next line
+        allowed[: min(band.bar - band.now % band.bar, v.longest + 1)] = False
+    if band.last is None:
+        allowed[1:] = False  # the music begins with the first bar
     allowed[v.end] = band.finished()
     return allowed
 
 def _may_play(band: _Band) -> np.ndarray:
     "bool (p,): the parts that may enter now; of those who have been silent for too long, the first."
     can = band.free().any(1)
-    quiet = np.where(band.played, np.maximum(band.heard, band.end), band.heard)   # since when
+    quiet = np.where(band.played, np.maximum(band.heard, band.end), band.heard)  # since when
     due = np.flatnonzero(can & (quiet + band.limit <= band.now))
     return can & (np.arange(len(can)) == due[0]) if len(due) else can
 
@@ -286,17 +453,26 @@ def _may_last(band: _Band, part: int) -> np.ndarray:
 def _advance(band: _Band, shift: int):
     "Time goes on by a shift."
     v, bar = band.vocab, band.now // band.bar
-    if shift == v.end: band.done = True; return
-    if shift: band.turn = NEW_STEP
+    if shift == v.end:
+        band.done = True
+        return
+    if shift:
+        band.turn = NEW_STEP
     band.now += v.longest if shift == v.rest else shift
-    if band.now // band.bar != bar: band.in_bar = 0
-    if shift == v.rest: band.last = (shift, 0, 0, 0, 0)
+    if band.now // band.bar != bar:
+        band.in_bar = 0
+    if shift == v.rest:
+        band.last = (shift, 0, 0, 0, 0)
 
 def _enter(band: _Band, shift: int, part: int, pitch: int, duration: int, velocity: int):
     "A note is played now."
     band.ends[part, pitch] = band.end[part] = band.now + duration
     band.latest[part], band.heard[part], band.played[part] = pitch, band.now, True
-    band.turn, band.last, band.in_bar = (part, pitch), (shift, part, pitch, duration, velocity), band.in_bar + 1
+    band.turn, band.last, band.in_bar = (
+        (part, pitch),
+        (shift, part, pitch, duration, velocity),
+        band.in_bar + 1,
+    )
     band.notes.append((band.now, part, pitch, duration, velocity))
 
 # %% ../nbs/14_generate.ipynb #2741d4bd
@@ -308,7 +484,9 @@ class _Player:
 
     def __init__(self, studio: Studio, request: Request):
         if request.style and request.style not in studio.sources:
-            raise Refusal(f"style {request.style!r} is not among those of this model: {', '.join(studio.sources)}")
+            raise Refusal(
+                f"style {request.style!r} is not among those of this model: {', '.join(studio.sources)}"
+            )
         self.request, self.vocab, self.decoder = request, studio.vocab, studio.decoder()
         self.tables = Tables(studio.vocab)
         self.bands = [_Band(request, studio.vocab) for _ in range(request.takes)]
@@ -326,29 +504,54 @@ class _Player:
     def step(self):
         "One row for every take that is still playing."
         bands, at = self.bands, self.tables.chosen_at
-        self.decoder.hear(np.stack([b.seen() for b in bands]) + self.tables.seen_at[:10], np.stack([b.held() for b in bands]))
+        self.decoder.hear(
+            np.stack([b.seen() for b in bands]) + self.tables.seen_at[:10],
+            np.stack([b.held() for b in bands]),
+        )
         dice = np.stack([d.random(len(FIELDS)) for d in self.dice])
         chosen = np.zeros((len(bands), 8), np.int64)
         going = np.array([not b.done for b in bands])
-        anything = lambda masks: np.stack([m if go else np.ones_like(m) for m, go in zip(masks, going)])
-        shift = self.draw(self.decoder.scores("shift", chosen, None), anything([_may_shift(b) for b in bands]), dice[:, 0])
+        anything = lambda masks: np.stack(
+            [m if go else np.ones_like(m) for m, go in zip(masks, going)]
+        )
+        shift = self.draw(
+            self.decoder.scores("shift", chosen, None),
+            anything([_may_shift(b) for b in bands]),
+            dice[:, 0],
+        )
         for b, s, go in zip(bands, shift, going):
-            if go: _advance(b, int(s))
+            if go:
+                _advance(b, int(s))
         sounds = going & (shift <= self.vocab.longest)
-        if not sounds.any(): return
+        if not sounds.any():
+            return
         self._row(shift, sounds, chosen, dice, at)
 
     def _row(self, shift, sounds, chosen, dice, at):
         "Part, pitch, duration and velocity for the takes that sound."
         bands, v = self.bands, self.vocab
-        some = lambda masks: np.stack([m if on else np.ones_like(m) for m, on in zip(masks, sounds)])
-        where = np.array([[min(b.now % b.bar // v.grid, BEATS - 1), b.now % b.bar % v.grid] for b in bands])
+        some = lambda masks: np.stack(
+            [m if on else np.ones_like(m) for m, on in zip(masks, sounds)]
+        )
+        where = np.array(
+            [[min(b.now % b.bar // v.grid, BEATS - 1), b.now % b.bar % v.grid] for b in bands]
+        )
         chosen[:, :3] = np.column_stack([shift, where]) + at[:3]
         held = np.stack([b.held() for b in bands])
-        described = np.stack([self._parts(b, s) for b, s in zip(bands, shift)]) + self.tables.parts_at
-        part = self.draw(self.decoder.part_scores(chosen, held, described), some([_may_play(b) for b in bands]), dice[:, 1])
+        described = (
+            np.stack([self._parts(b, s) for b, s in zip(bands, shift)]) + self.tables.parts_at
+        )
+        part = self.draw(
+            self.decoder.part_scores(chosen, held, described),
+            some([_may_play(b) for b in bands]),
+            dice[:, 1],
+        )
         chosen[:, 3:6] = np.array([[*b.who[p], b.latest[p]] for b, p in zip(bands, part)]) + at[3:6]
-        pitch = self.draw(self.decoder.scores("pitch", chosen, held), some([b.free()[p] for b, p in zip(bands, part)]), dice[:, 2])
+        pitch = self.draw(
+            self.decoder.scores("pitch", chosen, held),
+            some([b.free()[p] for b, p in zip(bands, part)]),
+            dice[:, 2],
+        )
         chosen[:, 6] = pitch + at[6]
         lasts = some([_may_last(b, p) for b, p in zip(bands, part)])
         duration = self.draw(self.decoder.scores("duration", chosen, held), lasts, dice[:, 3])
@@ -356,11 +559,16 @@ class _Player:
         loud = np.broadcast_to(np.arange(v.sizes[VELOCITY]) > 0, (len(bands), v.sizes[VELOCITY]))
         velocity = self.draw(self.decoder.scores("velocity", chosen, held), loud, dice[:, 4])
         for b, on, *row in zip(bands, sounds, shift, part, pitch, duration, velocity):
-            if on: _enter(b, *map(int, row))
+            if on:
+                _enter(b, *map(int, row))
 
     def _parts(self, band: _Band, shift: int) -> np.ndarray:
         "(p, 4) what describes each part to the pointer: program, rank, state, latest pitch."
-        passed = (np.arange(len(band.who)) < band.turn[0]) if shift == 0 else np.zeros(len(band.who), bool)
+        passed = (
+            (np.arange(len(band.who)) < band.turn[0])
+            if shift == 0
+            else np.zeros(len(band.who), bool)
+        )
         state = _states(band.end[None], np.array([band.now]), passed[None], self.vocab.grid)[0]
         return np.column_stack([band.who, state, band.latest])
 
@@ -371,7 +579,10 @@ def _bar_hashes(score: Score) -> list[str]:
     bar = np.searchsorted(lines, score.notes[:, ONSET], side="right") - 1
     inside = score.notes.astype(np.int64)
     inside[:, ONSET] -= lines[bar] if len(bar) else 0
-    return [hashlib.sha256(inside[bar == k].astype("<i8").tobytes()).hexdigest()[:8] for k in range(len(lines) - 1)]
+    return [
+        hashlib.sha256(inside[bar == k].astype("<i8").tobytes()).hexdigest()[:8]
+        for k in range(len(lines) - 1)
+    ]
 
 def _head_hash(score: Score) -> str:
     "A short hash of parts, tempi and metres."
@@ -379,8 +590,18 @@ def _head_hash(score: Score) -> str:
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:8]
 
 def _receipt(studio: Studio, request: Request, take: int, score: Score) -> str:
-    return json.dumps({"musicgen": __version__, "request": request.to_dict(), "take": take, "model": studio.model_hash,
-                       "numbers": "numpy fp32", "head": _head_hash(score), "bars": _bar_hashes(score)}, separators=(",", ":"))
+    return json.dumps(
+        {
+            "musicgen": __version__,
+            "request": request.to_dict(),
+            "take": take,
+            "model": studio.model_hash,
+            "numbers": "numpy fp32",
+            "head": _head_hash(score),
+            "bars": _bar_hashes(score),
+        },
+        separators=(",", ":"),
+    )
 
 # %% ../nbs/14_generate.ipynb #5791fe39
 def read_receipt(
@@ -388,19 +609,27 @@ def read_receipt(
 ) -> dict | None:
     "The receipt in a file of ours, None in any other. Refuses what is not MIDI."
     import mido
+
     read_midi(data)
-    try: events = [m for track in mido.MidiFile(file=io.BytesIO(data), clip=True).tracks for m in track]
-    except (OSError, EOFError, ValueError, KeyError, IndexError): return None   # MIDI, but not as we write it
+    try:
+        events = [
+            m for track in mido.MidiFile(file=io.BytesIO(data), clip=True).tracks for m in track
+        ]
+    except (OSError, EOFError, ValueError, KeyError, IndexError):
+        return None  # MIDI, but not as we write it
     for event in events:
         if event.type == "text" and event.text.startswith('{"musicgen":'):
-            try: return json.loads(event.text)
-            except json.JSONDecodeError: return None
+            try:
+                return json.loads(event.text)
+            except json.JSONDecodeError:
+                return None
     return None
 
 # %% ../nbs/14_generate.ipynb #aba18649
 @dataclass
 class Take:
     "One answer to a request: the score, its MIDI file, and what was asked and what came."
+
     score: Score
     midi: bytes
     report: dict
@@ -408,7 +637,9 @@ class Take:
 def _parts_of(request: Request) -> tuple[Part, ...]:
     "Named parts: an instrument that is there twice is numbered."
     names = [Part(p).instrument for p in request.programs]
-    numbered = [f"{n} {names[:k + 1].count(n)}" if names.count(n) > 1 else n for k, n in enumerate(names)]
+    numbered = [
+        f"{n} {names[: k + 1].count(n)}" if names.count(n) > 1 else n for k, n in enumerate(names)
+    ]
     return tuple(Part(p, n) for p, n in zip(request.programs, numbered))
 
 def _score_of(band: _Band, request: Request) -> Score:
@@ -426,30 +657,53 @@ def _take(studio: Studio, request: Request, k: int, band: _Band) -> Take:
     score = _score_of(band, request)
     score = replace(score, texts=((0, _receipt(studio, request, k, score)),))
     known = studio.originality.report(score) if studio.originality else None
-    came = dict(instruments=[p.instrument for p in score.parts if p in {score.parts[i] for i in score.notes[:, PART]}],
-                bars=len(score.bar_lines()) - 1, tempo=round(score.bpm, 3), time_signature="%d/%d" % score.metre,
-                key=find_key(score), density=round(float(density_of(score)), 3))
-    report = dict(asked=request.to_dict(), came=came, notes=len(score.notes), seconds=round(score.seconds, 3), take=k,
-                  seed=request.seed, model=studio.model_hash, lint=lint(score), originality=known)
+    came = dict(
+        instruments=[
+            p.instrument for p in score.parts if p in {score.parts[i] for i in score.notes[:, PART]}
+        ],
+        bars=len(score.bar_lines()) - 1,
+        tempo=round(score.bpm, 3),
+        time_signature="%d/%d" % score.metre,
+        key=find_key(score),
+        density=round(float(density_of(score)), 3),
+    )
+    report = dict(
+        asked=request.to_dict(),
+        came=came,
+        notes=len(score.notes),
+        seconds=round(score.seconds, 3),
+        take=k,
+        seed=request.seed,
+        model=studio.model_hash,
+        lint=lint(score),
+        originality=known,
+    )
     return Take(score, write_midi(score), report)
 
 # %% ../nbs/14_generate.ipynb #67cf0b88
 def generate(
     studio: Studio,
     request: Request,
-    on_bar: Callable | None = None,  # called as on_bar(bars done, bars) when the slowest take passes a bar line
-    stop=None,                       # anything with is_set(): an Event; then `Stopped` is raised
+    on_bar: Callable
+    | None = None,  # called as on_bar(bars done, bars) when the slowest take passes a bar line
+    stop=None,  # anything with is_set(): an Event; then `Stopped` is raised
 ) -> list[Take]:
     "The takes of a request. The bytes depend on request and model alone. Refuses a style that the model has not."
     from threadpoolctl import threadpool_limits
+
     with threadpool_limits(1, "blas"):
         player, told = _Player(studio, request), 0
         while not all(b.done for b in player.bands):
-            if stop is not None and stop.is_set(): raise Stopped(f"stopped in bar {told + 1} of {request.bars}")
+            if stop is not None and stop.is_set():
+                raise Stopped(f"stopped in bar {told + 1} of {request.bars}")
             player.step()
-            bars = min(request.bars if b.done else min(b.now // b.bar, request.bars - 1) for b in player.bands)
+            bars = min(
+                request.bars if b.done else min(b.now // b.bar, request.bars - 1)
+                for b in player.bands
+            )
             for told in range(told + 1, bars + 1):
-                if on_bar: on_bar(told, request.bars)
+                if on_bar:
+                    on_bar(told, request.bars)
     return [_take(studio, request, k, band) for k, band in enumerate(player.bands)]
 
 # %% ../nbs/14_generate.ipynb #dfd20508
@@ -459,19 +713,23 @@ def regenerate(
 ) -> Take:
     "The same take once more, from the receipt in its file. Refuses a file without one, and another model's."
     receipt = read_receipt(data)
-    if receipt is None: raise Refusal("the file carries no receipt of ours, so it cannot be made again")
+    if receipt is None:
+        raise Refusal("the file carries no receipt of ours, so it cannot be made again")
     if receipt["model"] != studio.model_hash:
-        raise Refusal(f"the file was made by model {receipt['model']}, and this is model {studio.model_hash}")
+        raise Refusal(
+            f"the file was made by model {receipt['model']}, and this is model {studio.model_hash}"
+        )
     return generate(studio, Request.from_dict(receipt["request"]))[receipt["take"]]
 
 # %% ../nbs/14_generate.ipynb #e1ef6637
 def verify(
-    data: bytes,                   # a MIDI file
+    data: bytes,  # a MIDI file
     studio: Studio | None = None,  # whose music it might be; None: any model's
 ) -> dict:
     "`verdict` (ours, edited, another model's, not ours), the `bars` that were changed, and the `receipt`."
     receipt = read_receipt(data)
-    if receipt is None: return dict(verdict="not ours", bars=[], receipt=None)
+    if receipt is None:
+        return dict(verdict="not ours", bars=[], receipt=None)
     score = read_midi(data)
     now, then = _bar_hashes(score), receipt["bars"]
     size = max(len(now), len(then))

@@ -6,7 +6,6 @@
 __all__ = ['NOTHING', 'EXCERPT', 'Augment', 'prepare', 'cut', 'Streams', 'loss_on', 'losses_on', 'Plan', 'fit']
 
 # %% ../nbs/10_learner.ipynb #3e7c48a2
-import csv
 import io
 import math
 import time
@@ -21,7 +20,7 @@ from .core import Refusal, write_atomic
 from .features import Ids, Piece, Tables, at_home, controls, look
 from .model import Batch, MusicLSTM, MusicLSTMConfig, collate
 from .score import DRUMS, DURATION, ONSET, PART, PITCH, RANGES, VELOCITY, Part, Score
-from .tokens import FIELDS, SHIFT, Vocab, decode, encode, onsets_of
+from .tokens import FIELDS, SHIFT, Vocab, decode, encode
 
 # %% ../nbs/10_learner.ipynb #bbd67fbf
 def _pitched(piece: Piece) -> np.ndarray:
@@ -68,20 +67,30 @@ def _grooved(piece: Piece, groove: Piece, vocab: Vocab) -> Piece:
 @dataclass(frozen=True)
 class Augment:
     "How often each change is made, as probabilities; all zero changes nothing."
-    orchestrate: float = 0.4   # for other instruments
-    groove: float = 0.4        # over drums, where there are none
-    jitter: int = 2            # levels of loudness, up or down
-    forget: float = 0.15       # each control not told
 
-    def __call__(self, piece: Piece, rng: np.random.Generator, grooves: dict, vocab: Vocab) -> Piece:
+    orchestrate: float = 0.25  # for other instruments
+    groove: float = 0.4  # over drums, where there are none
+    jitter: int = 2  # levels of loudness, up or down
+    forget: float = 0.1  # each control not told
+
+    def __call__(
+        self, piece: Piece, rng: np.random.Generator, grooves: dict, vocab: Vocab
+    ) -> Piece:
         "The piece as it will be read this time; `grooves` are drum pieces by metre."
-        if rng.random() < self.orchestrate: piece = _reorchestrated(piece, rng)
+        if rng.random() < self.orchestrate:
+            piece = _reorchestrated(piece, rng)
         fitting = grooves.get(piece.header.metre, ())
-        if fitting and rng.random() < self.groove and not any(p.is_drums for p in piece.header.parts):
+        if (
+            fitting
+            and rng.random() < self.groove
+            and not any(p.is_drums for p in piece.header.parts)
+        ):
             piece = _grooved(piece, fitting[rng.integers(len(fitting))], vocab)
         rows, by = piece.rows.copy(), int(rng.integers(-self.jitter, self.jitter + 1))
         loud = rows[:, VELOCITY] > 0
-        rows[loud, VELOCITY] = np.clip(rows[loud, VELOCITY].astype(int) + by, 1, vocab.sizes[VELOCITY] - 1)
+        rows[loud, VELOCITY] = np.clip(
+            rows[loud, VELOCITY].astype(int) + by, 1, vocab.sizes[VELOCITY] - 1
+        )
         return piece._replace(rows=rows)
 
 NOTHING = Augment(0, 0, 0, 0)
@@ -89,31 +98,43 @@ NOTHING = Augment(0, 0, 0, 0)
 # %% ../nbs/10_learner.ipynb #55021760
 EXCERPT = 1024  # rows of one piece that are read in one go
 
-def prepare(piece: Piece, vocab: Vocab, sources: tuple[str, ...], rng=None, forget: float = 0.) -> Ids:
+def prepare(
+    piece: Piece, vocab: Vocab, sources: tuple[str, ...], rng=None, forget: float = 0.0
+) -> Ids:
     "The ids of a whole piece at home. With a generator, a control is left untold with probability `forget`."
     piece = at_home(piece)
     source = 1 + sources.index(piece.dataset) if piece.dataset in sources else 0
     told = controls(piece.header.bpm, piece.header.metre, piece.key, piece.density, source)
-    if rng is not None: told = told * (rng.random(len(told)) >= forget)
+    if rng is not None:
+        told = told * (rng.random(len(told)) >= forget)
     return Tables(vocab).number(look(piece, vocab, told))
 
 def cut(ids: Ids, start: int, length: int) -> Ids:
     "`length` steps of a piece from `start` on, fewer at its end."
-    return Ids(*(a[start:start + length] for a in ids))
+    return Ids(*(a[start : start + length] for a in ids))
 
 # %% ../nbs/10_learner.ipynb #1549d31f
 class Streams:
     "Endless batches of `size` streams and `length` steps from pieces drawn by `rng`."
 
-    def __init__(self, pieces: list[Piece], config: MusicLSTMConfig, size: int, length: int,
-                 rng: np.random.Generator, change: Augment = NOTHING):
+    def __init__(
+        self,
+        pieces: list[Piece],
+        config: MusicLSTMConfig,
+        size: int,
+        length: int,
+        rng: np.random.Generator,
+        change: Augment = NOTHING,
+    ):
         self.pieces, self.config, self.size, self.length = pieces, config, size, length
         self.rng, self.change = rng, change
         self.grooves: dict[tuple, list] = {}
         for p in pieces:
-            if all(part.is_drums for part in p.header.parts): self.grooves.setdefault(p.header.metre, []).append(p)
+            if all(part.is_drums for part in p.header.parts):
+                self.grooves.setdefault(p.header.metre, []).append(p)
         notes: dict[str, int] = {}
-        for p in pieces: notes[p.dataset] = notes.get(p.dataset, 0) + min(len(p.rows), EXCERPT)
+        for p in pieces:
+            notes[p.dataset] = notes.get(p.dataset, 0) + min(len(p.rows), EXCERPT)
         chances = np.array([notes[p.dataset] ** -0.5 for p in pieces])
         self.chances = chances / chances.sum()
 
@@ -128,8 +149,10 @@ class Streams:
         while True:
             windows, fresh = [], []
             for k, (ids, at) in enumerate(playing):
-                if at >= len(ids.target): ids, at = self._next(), 0
-                windows.append(cut(ids, at, self.length)); fresh.append(at == 0)
+                if at >= len(ids.target):
+                    ids, at = self._next(), 0
+                windows.append(cut(ids, at, self.length))
+                fresh.append(at == 0)
                 playing[k] = ids, at + self.length
             yield collate(windows, fresh, self.length)
 
@@ -149,21 +172,26 @@ def loss_on(
 
 # %% ../nbs/10_learner.ipynb #907342c8
 @torch.no_grad()
-def losses_on(model: MusicLSTM, pieces: list[Piece], size: int = 32, length: int = 128) -> tuple[list, list]:
+def losses_on(
+    model: MusicLSTM, pieces: list[Piece], size: int = 32, length: int = 128
+) -> tuple[list, list]:
     "For each piece the (n + 1, 5) nats of its rows and its end, and its number of notes."
     was, vocab, found = model.training, model.config.vocab, [None] * len(pieces)
     device = next(model.parameters()).device
     model.eval()
     order = sorted(range(len(pieces)), key=lambda k: -len(pieces[k].rows))
-    for group in (order[k:k + size] for k in range(0, len(order), size)):
+    for group in (order[k : k + size] for k in range(0, len(order), size)):
         ids = [prepare(pieces[k], vocab, model.config.sources) for k in group]
         state, nats = None, []
         for at in range(0, len(ids[0].target), length):
-            batch = collate([cut(i, at, length) for i in ids], [at == 0] * len(ids), length).to(device)
+            batch = collate([cut(i, at, length) for i in ids], [at == 0] * len(ids), length).to(
+                device
+            )
             out, state = model(batch, state)
             nats.append(out.view(len(ids), length, -1).cpu().numpy())
         whole = np.concatenate(nats, 1)
-        for k, i, row in zip(group, ids, whole): found[k] = row[:len(i.target)]
+        for k, i, row in zip(group, ids, whole):
+            found[k] = row[: len(i.target)]
     model.train(was)
     return found, [int((p.rows[:, SHIFT] <= vocab.longest).sum()) for p in pieces]
 
@@ -190,20 +218,31 @@ class Plan:
         return self.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1))))
 
 # %% ../nbs/10_learner.ipynb #c89e6fb4
-def _round(model: MusicLSTM, optimizer, feed: Iterator[Batch], plan: Plan, number: int, say: Callable) -> float:
+def _round(
+    model: MusicLSTM, optimizer, feed: Iterator[Batch], plan: Plan, number: int, say: Callable
+) -> float:
     "One round of training; the mean loss in nats per row."
     model.train()
-    device, state, total, rows, began = next(model.parameters()).device, None, 0.0, 0, time.monotonic()
+    device, state, total, rows, began = (
+        next(model.parameters()).device,
+        None,
+        0.0,
+        0,
+        time.monotonic(),
+    )
     for step in range(plan.steps):
         batch = next(feed).to(device)
-        for group in optimizer.param_groups: group["lr"] = plan.rate(number * plan.steps + step)
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate(number * plan.steps + step)
         nats, state = model(batch, state)
         state = [tuple(s.detach() for s in pair) for pair in state]
         count = int((batch.target[..., SHIFT] >= 0).sum())
         loss = nats.sum() / max(count, 1)
         if not torch.isfinite(loss):
-            raise Refusal(f"the loss became {loss.item()} in round {number + 1}, step {step + 1}, at a learning rate "
-                          f"of {plan.rate(number * plan.steps + step):.2g}; the last good checkpoint stands")
+            raise Refusal(
+                f"the loss became {loss.item()} in round {number + 1}, step {step + 1}, at a learning rate "
+                f"of {plan.rate(number * plan.steps + step):.2g}; the last good checkpoint stands"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
@@ -217,14 +256,20 @@ def _announce(plan: Plan, name: str) -> Callable:
     "Prints where a run is, every few seconds."
     began, told = time.monotonic(), [time.monotonic()]
     first = [None]
+
     def say(number: int, step: int, loss: float, speed: float):
         now, done = time.monotonic(), number * plan.steps + step + 1
         first[0] = done - 1 if first[0] is None else first[0]
-        if now - told[0] < 10: return
+        if now - told[0] < 10:
+            return
         told[0] = now
         left = (now - began) / (done - first[0]) * (plan.rounds * plan.steps - done)
-        print(f"{name}: round {number + 1}/{plan.rounds}, step {step + 1}/{plan.steps}, loss {loss:.3f}, "
-              f"{speed:,.0f} notes/s, {left:.0f} s left", flush=True)
+        print(
+            f"{name}: round {number + 1}/{plan.rounds}, step {step + 1}/{plan.steps}, loss {loss:.3f}, "
+            f"{speed:,.0f} notes/s, {left:.0f} s left",
+            flush=True,
+        )
+
     return say
 
 # %% ../nbs/10_learner.ipynb #06f9a837
@@ -233,30 +278,51 @@ def fit(
     train: list[Piece],
     valid: list[Piece],
     plan: Plan,
-    checkpoint: str | Path | None = None,   # where to keep the run; one that is there is gone on with
-    name: str = "train",                    # of the run, as it is announced
-    after: Callable | None = None,          # called with (round, history) after each; returning True stops the run
+    checkpoint: str
+    | Path
+    | None = None,  # where to keep the run; one that is there is gone on with
+    name: str = "train",  # of the run, as it is announced
+    after: Callable
+    | None = None,  # called with (round, history) after each; returning True stops the run
 ) -> list[dict]:
     "The history, one line a round; the model holds the weights of its best round."
-    if not train or not valid: raise Refusal(f"{len(train)} pieces to train on and {len(valid)} to validate on: both need one")
+    if not train or not valid:
+        raise Refusal(
+            f"{len(train)} pieces to train on and {len(valid)} to validate on: both need one"
+        )
     optimizer = torch.optim.AdamW(model.parameters(), plan.lr, weight_decay=plan.decay)
     history, best = _resume(checkpoint, model, optimizer, plan)
     say = _announce(plan, name)
     for number in range(len(history), plan.rounds):
-        if _stale(history) >= plan.patience: break
+        if _stale(history) >= plan.patience:
+            break
         torch.manual_seed(plan.seed * 1_000_003 + number)
         rng = np.random.default_rng([plan.seed, number])
         feed = iter(Streams(train, model.config, plan.batch, plan.length, rng, plan.augment))
         loss = _round(model, optimizer, feed, plan, number, say)
         held = loss_on(model, valid)
-        history.append(dict(round=number + 1, step=(number + 1) * plan.steps, lr=plan.rate((number + 1) * plan.steps - 1),
-                            train=round(loss, 5), valid=round(held["total"], 5)))
-        if _stale(history) == 0: best = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        if checkpoint: _keep(checkpoint, model, optimizer, plan, history, best)
-        print(f"{name}: round {number + 1}/{plan.rounds} done, train {loss:.3f}, validation {held['total']:.3f} "
-              "nats per note", flush=True)
-        if after and after(number, history): break
-    if best: model.load_state_dict(best)
+        history.append(
+            dict(
+                round=number + 1,
+                step=(number + 1) * plan.steps,
+                lr=plan.rate((number + 1) * plan.steps - 1),
+                train=round(loss, 5),
+                valid=round(held["total"], 5),
+            )
+        )
+        if _stale(history) == 0:
+            best = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        if checkpoint:
+            _keep(checkpoint, model, optimizer, plan, history, best)
+        print(
+            f"{name}: round {number + 1}/{plan.rounds} done, train {loss:.3f}, validation {held['total']:.3f} "
+            "nats per note",
+            flush=True,
+        )
+        if after and after(number, history):
+            break
+    if best:
+        model.load_state_dict(best)
     return history
 
 # %% ../nbs/10_learner.ipynb #d23f21ed
@@ -266,15 +332,23 @@ def _stale(history: list[dict]) -> int:
     return len(losses) - 1 - int(np.argmin(losses)) if losses else 0
 
 def _keep(path, model, optimizer, plan, history, best):
-    kept = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), plan=asdict(plan),
-                config=model.config.as_dict(), history=history, best=best)
+    kept = dict(
+        model=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        plan=asdict(plan),
+        config=model.config.as_dict(),
+        history=history,
+        best=best,
+    )
     write_atomic(path, lambda part: torch.save(kept, part))
 
 def _resume(path, model, optimizer, plan) -> tuple[list[dict], dict | None]:
     "The history and the best weights of a run that is gone on with, or a fresh start."
-    if not path or not Path(path).exists(): return [], None
+    if not path or not Path(path).exists():
+        return [], None
     kept = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
-    if kept["plan"] != asdict(plan) or kept["config"] != model.config.as_dict(): return [], None  # another run's
+    if kept["plan"] != asdict(plan) or kept["config"] != model.config.as_dict():
+        return [], None  # another run's
     model.load_state_dict(kept["model"])
     optimizer.load_state_dict(kept["optimizer"])
     return kept["history"], kept["best"]

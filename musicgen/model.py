@@ -27,12 +27,15 @@ from .tokens import FIELDS, Vocab
 @dataclass(frozen=True)
 class MusicLSTMConfig:
     "The shape of a model, and the vocabulary and sources it speaks of."
-    hidden: int = 256                  # width of the LSTM
-    layers: int = 2                    # LSTMs on top of each other, each adding to the one below
-    head: int = 128                    # width of the heads
-    dropout: float = 0.1               # of hidden states while training, the same units for all steps of a window
+
+    hidden: int = 256  # width of the LSTM
+    layers: int = 2  # LSTMs on top of each other, each adding to the one below
+    head: int = 128  # width of the heads
+    dropout: float = (
+        0.1  # of hidden states while training, the same units for all steps of a window
+    )
     vocab: Vocab = Vocab()
-    sources: tuple[str, ...] = ()      # data sets it has been trained on: what `style` may name
+    sources: tuple[str, ...] = ()  # data sets it has been trained on: what `style` may name
 
     @classmethod
     def from_dict(cls, found: dict) -> "MusicLSTMConfig":
@@ -64,7 +67,15 @@ class Batch(NamedTuple):
 def collate(windows: list[Ids], fresh: list[bool], length: int) -> Batch:
     "Windows of at most `length` steps, padded to one size."
     size, most = len(windows), max(w.away.shape[1] for w in windows)
-    wide = {"seen": 15 + most, "held": 128, "chosen": 8, "held_now": 128, "parts": most, "away": most, "target": 5}
+    wide = {
+        "seen": 15 + most,
+        "held": 128,
+        "chosen": 8,
+        "held_now": 128,
+        "parts": most,
+        "away": most,
+        "target": 5,
+    }
     out = []
     for name in Ids._fields:
         first = getattr(windows[0], name)
@@ -72,7 +83,7 @@ def collate(windows: list[Ids], fresh: list[bool], length: int) -> Batch:
         full = np.full(shape, {"target": -1, "away": True}.get(name, 0), first.dtype)
         for k, w in enumerate(windows):
             a = getattr(w, name)
-            full[k, :len(a), :a.shape[1]] = a
+            full[k, : len(a), : a.shape[1]] = a
         out.append(torch.from_numpy(full))
     return Batch(*out, torch.tensor(fresh))
 
@@ -85,16 +96,17 @@ class Tower(nn.Module):
         self.lstms = nn.ModuleList(nn.LSTM(hidden, hidden, batch_first=True) for _ in range(layers))
         self.dropout = dropout
 
-    def forward(self, x: Tensor, state):                     # x (B, T, H); state: (h, c) a layer, or None
+    def forward(self, x: Tensor, state):  # x (B, T, H); state: (h, c) a layer, or None
         after = []
         for k, lstm in enumerate(self.lstms):
             h, new = lstm(self._locked(x), state[k] if state else None)
-            x = x + h if k else h                            # the first is not residual: its input is a table
+            x = x + h if k else h  # the first is not residual: its input is a table
             after.append(new)
         return self._locked(x), after
 
     def _locked(self, x: Tensor) -> Tensor:
-        if not self.training or not self.dropout: return x
+        if not self.training or not self.dropout:
+            return x
         keep = torch.rand(x.shape[0], 1, x.shape[2], device=x.device) >= self.dropout
         return x * keep / (1 - self.dropout)
 
@@ -109,13 +121,18 @@ class Head(nn.Module):
         self.hears = nn.Linear(128, head, bias=False) if hears else None
         self.out = nn.Linear(head, out)
 
-    def bent(self, h: Tensor, chosen: Tensor, held: Tensor) -> Tensor:  # h (N, H), chosen (N, k), held (N, 128)
+    def bent(
+        self, h: Tensor, chosen: Tensor, held: Tensor
+    ) -> Tensor:  # h (N, H), chosen (N, k), held (N, 128)
         z = self.state(h)
-        if self.known is not None: z = z + self.known(chosen)
-        if self.hears is not None: z = z + self.hears(held)
+        if self.known is not None:
+            z = z + self.known(chosen)
+        if self.hears is not None:
+            z = z + self.hears(held)
         return F.relu(z)
 
-    def forward(self, h: Tensor, chosen: Tensor, held: Tensor) -> Tensor: return self.out(self.bent(h, chosen, held))
+    def forward(self, h: Tensor, chosen: Tensor, held: Tensor) -> Tensor:
+        return self.out(self.bent(h, chosen, held))
 
 # %% ../nbs/09_model.ipynb #783a5783
 def from_intervals(steps: Tensor, latest: Tensor) -> Tensor:
@@ -135,35 +152,48 @@ class MusicLSTM(nn.Module):
         chosen = 1 + np.cumsum(list(tables.chosen.values()))
         known = {"shift": 0} | {name: int(chosen[k - 1]) for name, k in KNOWN.items()}
         outs = dict(zip(FIELDS, (vocab.end + 1, head, *vocab.sizes[2:])))
-        self.seen = nn.EmbeddingBag(1 + sum(tables.seen.values()), hidden, mode="sum", padding_idx=0)
+        self.seen = nn.EmbeddingBag(
+            1 + sum(tables.seen.values()), hidden, mode="sum", padding_idx=0
+        )
         self.hears = nn.Linear(128, hidden, bias=False)
         self.tower = Tower(hidden, config.layers, config.dropout)
-        self.heads = nn.ModuleDict({f: Head(hidden, head, known[f], outs[f], hears=f in ("part", "pitch"))
-                                    for f in FIELDS})
+        self.heads = nn.ModuleDict(
+            {f: Head(hidden, head, known[f], outs[f], hears=f in ("part", "pitch")) for f in FIELDS}
+        )
         self.interval = nn.Linear(head, 255, bias=False)
         self.latest_at = int(tables.chosen_at[5])
-        self.parts = nn.EmbeddingBag(1 + sum(tables.parts.values()), head, mode="sum", padding_idx=0)
+        self.parts = nn.EmbeddingBag(
+            1 + sum(tables.parts.values()), head, mode="sum", padding_idx=0
+        )
         for bag in self.modules():
             if isinstance(bag, nn.EmbeddingBag):
                 nn.init.normal_(bag.weight, std=0.1)
-                with torch.no_grad(): bag.weight[0] = 0
+                with torch.no_grad():
+                    bag.weight[0] = 0
 
     def hidden(self, batch: Batch, state=None):
         "(B, T, H) hidden states, and the state to carry on with."
         B, T, K = batch.seen.shape
         x = self.seen(batch.seen.view(B * T, K)).view(B, T, -1) + self.hears(batch.held.float())
-        if state is not None: state = [tuple(s * ~batch.fresh[None, :, None] for s in pair) for pair in state]
+        if state is not None:
+            state = [tuple(s * ~batch.fresh[None, :, None] for s in pair) for pair in state]
         return self.tower(x, state)
 
     def scores(self, h: Tensor, batch: Batch) -> dict[str, Tensor]:
         "Scores (N, V) of each field of N rows, those of the part over the ensemble; rows are flattened."
-        h, chosen, held = h.flatten(0, 1), batch.chosen.flatten(0, 1), batch.held_now.flatten(0, 1).float()
-        bent = {f: self.heads[f].bent(h, chosen[:, :KNOWN.get(f, 0)], held) for f in FIELDS}
+        h, chosen, held = (
+            h.flatten(0, 1),
+            batch.chosen.flatten(0, 1),
+            batch.held_now.flatten(0, 1).float(),
+        )
+        bent = {f: self.heads[f].bent(h, chosen[:, : KNOWN.get(f, 0)], held) for f in FIELDS}
         found = {f: self.heads[f].out(z) for f, z in bent.items()}
-        found["pitch"] = found["pitch"] + from_intervals(self.interval(bent["pitch"]), chosen[:, 5] - self.latest_at)
+        found["pitch"] = found["pitch"] + from_intervals(
+            self.interval(bent["pitch"]), chosen[:, 5] - self.latest_at
+        )
         N, P = batch.away.flatten(0, 1).shape
         keys = self.parts(batch.parts.view(N * P, -1)).view(N, P, -1)
-        found["part"] = torch.einsum("nk,npk->np", found["part"], keys) / keys.shape[-1] ** .5
+        found["part"] = torch.einsum("nk,npk->np", found["part"], keys) / keys.shape[-1] ** 0.5
         found["part"] = found["part"].masked_fill(batch.away.flatten(0, 1), -1e9)
         return found
 
@@ -171,25 +201,30 @@ class MusicLSTM(nn.Module):
         "(N, 5) negative log-likelihoods in nats, 0 where there is nothing to choose, and the state."
         h, state = self.hidden(batch, state)
         scores, target = self.scores(h, batch), batch.target.flatten(0, 1)
-        nats = [F.cross_entropy(scores[f].float(), target[:, k], ignore_index=-1, reduction="none")
-                for k, f in enumerate(FIELDS)]
+        nats = [
+            F.cross_entropy(scores[f].float(), target[:, k], ignore_index=-1, reduction="none")
+            for k, f in enumerate(FIELDS)
+        ]
         return torch.stack(nats, 1), state
 
 # %% ../nbs/09_model.ipynb #9944775a
 def save_model(
     model: MusicLSTM,
-    path: str | Path,          # the `.pt`; the `.safetensors` lies beside it
+    path: str | Path,  # the `.pt`; the `.safetensors` lies beside it
     provenance: dict | None = None,  # plain values: data, settings, losses
 ) -> str:
     "The model's hash, both files being written. The safetensors come last and say the same."
     from safetensors.numpy import save
+
     weights = {k: v.detach().cpu().float().contiguous() for k, v in model.state_dict().items()}
     plain = {k: v.numpy() for k, v in weights.items()}
     about = dict(config=model.config.as_dict(), provenance=provenance or {}, hash=model_hash(plain))
     buffer = io.BytesIO()
     torch.save(about | dict(weights=weights, vocab=asdict(model.config.vocab)), buffer)
     write_atomic(path, buffer.getvalue())
-    write_atomic(Path(path).with_suffix(".safetensors"), save(plain, {"musicgen": json.dumps(about)}))
+    write_atomic(
+        Path(path).with_suffix(".safetensors"), save(plain, {"musicgen": json.dumps(about)})
+    )
     return about["hash"]
 
 # %% ../nbs/09_model.ipynb #b9f56e7c
@@ -197,13 +232,22 @@ def load_model(
     path: str | Path,  # a `.pt` that `save_model` wrote
 ) -> tuple[MusicLSTM, dict]:
     "The model, ready to evaluate, and its provenance. Refuses what is missing, damaged or not a model."
-    if not Path(path).exists(): raise Refusal(f"there is no model at {path}; run the train stage first")
+    if not Path(path).exists():
+        raise Refusal(f"there is no model at {path}; run the train stage first")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         model = MusicLSTM(MusicLSTMConfig.from_dict(found["config"]))
         model.load_state_dict(found["weights"])
-    except (RuntimeError, KeyError, TypeError, AttributeError, EOFError, ValueError, zipfile.BadZipFile,
-            pickle.UnpicklingError) as e:
+    except (
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        ValueError,
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+    ) as e:
         reason = (str(e) or type(e).__name__).splitlines()[0][:120]
         raise Refusal(f"{path} is not a MusicLSTM that can be read: {reason}") from None
     return model.eval(), found["provenance"]

@@ -109,8 +109,8 @@ class Picker:
 
 # %% ../nbs/18_panel.ipynb #fc1f017b
 METRES = ("4/4", "3/4", "2/4", "6/8", "9/8", "12/8", "5/4", "7/8")
-_LABELS = dict(bars="Bars", tempo="Tempo", time_signature="Metre", key="Key", density="Density", style="In the manner of",
-               temperature="Mood", seed="Seed", takes="Takes")
+_LABELS = dict(bars="Bars", tempo="Tempo", time_signature="Metre", key="Key", density="Density",
+               style="In the manner of", temperature="Mood", seed="Seed", takes="Takes")
 _STEPS = dict(bars=1, takes=1, tempo=1, density=0.5, temperature=0.05)
 _FORMATS = dict(tempo=".0f", density=".1f", temperature=".2f")
 _LISTS = dict(time_signature=[(metre, metre) for metre in METRES], style=[("as it likes", "")],
@@ -175,10 +175,11 @@ def originality(known: dict | None) -> str:  # the report of an `OriginalityInde
     if known is None: return "not measured: this model has no index of its training music"
     if not known["longest_notes"]: return "no passage in common with the training music"
     share = known["covered"]
-    word = "all its own" if share < 0.05 else "mostly its own" if share < 0.3 else "close to what it has learnt"
-    return (f"{word}; the longest passage also in the training music has {known['longest_notes']} notes "
-            f"({known['longest_bars']:g} bars, in {known['piece']}), and {share:.0%} of the melody notes "
-            "lie in such passages")
+    words = ((0.05, "all its own"), (0.3, "mostly its own"), (2, "close to what it has learnt"))
+    word = next(word for limit, word in words if share < limit)
+    return (f"{word}; the longest passage also in the training music has {known['longest_notes']} "
+            f"notes ({known['longest_bars']:g} bars, in {known['piece']}), and {share:.0%} of the "
+            "melody notes lie in such passages")
 
 # %% ../nbs/18_panel.ipynb #dfac3fb2
 def _data(kind: str, content: bytes) -> str:
@@ -188,7 +189,8 @@ def _facts(report: dict) -> dict[str, str]:
     "What there is to say about a take."
     came, asked = report["came"], report["asked"]
     key = came["key"] or "none to be heard"
-    if asked["key"]: key += " (as asked)" if came["key"] == asked["key"] else f" (asked: {asked['key']})"
+    if asked["key"] == came["key"]: key += " (as asked)"
+    elif asked["key"]: key += f" (asked: {asked['key']})"
     return {"Parts": ", ".join(came["instruments"]),
             "Length": f"{came['bars']} bars of {came['time_signature']} at {came['tempo']:g} bpm, "
                       f"{report['seconds']:.0f} seconds, {report['notes']} notes",
@@ -197,23 +199,25 @@ def _facts(report: dict) -> dict[str, str]:
 def card(take: Take) -> str:
     "A take as HTML: roll, player, link, facts."
     told, name = html.escape(caption(take.score)), html.escape(file_name(take))
-    rolls = "".join(
-        f'<img class="mg-{word}" alt="Piano roll. {told}" src="{_data("image/png", roll_png(take.score, dark, dpi=144))}">'
-        for word, dark in (("light", False), ("dark", True)))
-    facts = "".join(f"<dt>{k}</dt><dd>{html.escape(v)}</dd>" for k, v in _facts(take.report).items())
+    draw = lambda dark: _data("image/png", roll_png(take.score, dark, dpi=144))
+    rolls = "".join(f'<img class="mg-{word}" alt="Piano roll. {told}" src="{draw(word == "dark")}">'
+                    for word in ("light", "dark"))
+    facts = "".join(f"<dt>{what}</dt><dd>{html.escape(said)}</dd>"
+                    for what, said in _facts(take.report).items())
     title = f"Seed {take.report['seed']}"
     if take.report["asked"]["takes"] > 1: title += f", take {take.report['take'] + 1}"
     link = (f'<a class="mg-take-home" download="{name}" href="{_data("audio/midi", take.midi)}" '
             f'title="{name}">Download MIDI</a>')
-    return (f'<article class="mg-card"><header><h3>{title}</h3>{link}</header><div class="mg-roll">{rolls}</div>'
-            f"{player(take.score)}<dl>{facts}</dl></article>")
+    return (f'<article class="mg-card"><header><h3>{title}</h3>{link}</header>'
+            f'<div class="mg-roll">{rolls}</div>{player(take.score)}<dl>{facts}</dl></article>')
 
 # %% ../nbs/18_panel.ipynb #a92e8424
 def _post(address: str, request: Request, stop) -> tuple[int, dict, bytes]:
     "Status, headers and body of the answer. `Stopped` when `stop` is set, `Refusal` when nobody answers."
     where = urlsplit(address)
     if where.scheme not in ("http", "https") or not where.hostname:
-        raise Refusal(f"the setting [dashboard] api is {address!r}; it takes an address such as 'http://127.0.0.1:8000'")
+        raise Refusal(f"the setting [dashboard] api is {address!r}; it takes an address such as "
+                      "'http://127.0.0.1:8000'")
     kind = http.client.HTTPSConnection if where.scheme == "https" else http.client.HTTPConnection
     line = kind(where.netloc, timeout=30)
     try:
@@ -224,7 +228,8 @@ def _post(address: str, request: Request, stop) -> tuple[int, dict, bytes]:
         answer = line.getresponse()
         return answer.status, answer.headers, answer.read()
     except (OSError, http.client.HTTPException) as error:
-        raise Refusal(f"the API at {address} does not answer ({error}); `uvicorn musicgen.serve:app` starts it") from None
+        raise Refusal(f"the API at {address} does not answer ({error}); "
+                      "`uvicorn musicgen.serve:app` starts it") from None
     finally: line.close()
 
 def ask_api(
@@ -238,88 +243,136 @@ def ask_api(
     if status != 200:
         told = json.loads(body).get("detail") if kind == "application/problem+json" else None
         raise Refusal(told or f"the API at {address} answers with status {status}")
-    if kind == "audio/midi": return [Take(read_midi(body), body, json.loads(headers["X-MusicGen-Report"]))]
+    if kind == "audio/midi":
+        return [Take(read_midi(body), body, json.loads(headers["X-MusicGen-Report"]))]
     with zipfile.ZipFile(io.BytesIO(body)) as archive:
         midis = [archive.read(name) for name in archive.namelist() if name.endswith(".mid")]
-        return [Take(read_midi(midi), midi, report) for midi, report in zip(midis, json.loads(archive.read("report.json")))]
+        reports = json.loads(archive.read("report.json"))
+    return [Take(read_midi(midi), midi, report) for midi, report in zip(midis, reports)]
 
 # %% ../nbs/18_panel.ipynb #fc71457f
 STYLE = """
-.mg { --card: #fff; --ink: #24262b; --soft: #6b6e76; --line: #dcdad4; --accent: #b84a20; --on: #fff; --wash: #f6e9e2; --bad: #b3261e;
-  color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
-  max-width: 76rem; display: block !important; margin: 0 auto !important; padding: 1.25rem !important; box-sizing: border-box; overflow: visible }
-body[data-jp-theme-light="false"]:not([data-voila]) .mg { --card: #16181d; --ink: #e3e5ea; --soft: #9a9ea8; --line: #343842;
+.mg { --card: #fff; --ink: #24262b; --soft: #6b6e76; --line: #dcdad4; --accent: #b84a20;
+  --on: #fff; --wash: #f6e9e2; --bad: #b3261e;
+  color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
+  max-width: 76rem; display: block !important; margin: 0 auto !important;
+  padding: 1.25rem !important; box-sizing: border-box; overflow: visible }
+body[data-jp-theme-light="false"]:not([data-voila]) .mg { --card: #16181d; --ink: #e3e5ea;
+  --soft: #9a9ea8; --line: #343842;
   --accent: #f08a5d; --on: #1b1210; --wash: #33231c; --bad: #ff8a80 }
-@media (prefers-color-scheme: dark) { body[data-voila] .mg { --card: #16181d; --ink: #e3e5ea; --soft: #9a9ea8; --line: #343842;
+@media (prefers-color-scheme: dark) { body[data-voila] .mg { --card: #16181d; --ink: #e3e5ea;
+  --soft: #9a9ea8; --line: #343842;
   --accent: #f08a5d; --on: #1b1210; --wash: #33231c; --bad: #ff8a80 } }
 .mg .mg-hidden { display: none !important }
-.mg .widget-box, .mg .jupyter-widgets { overflow: visible; margin: 0; max-width: 100%; box-sizing: border-box }
-.mg .mg-columns { display: grid; grid-template-columns: minmax(20rem, 25rem) minmax(0, 1fr); gap: 1.5rem; align-items: start }
+.mg .widget-box, .mg .jupyter-widgets { overflow: visible; margin: 0; max-width: 100%;
+  box-sizing: border-box }
+.mg .mg-columns { display: grid; grid-template-columns: minmax(20rem, 25rem) minmax(0, 1fr);
+  gap: 1.5rem; align-items: start }
 .mg .mg-stack { display: flex; flex-direction: column; gap: .95rem; align-items: stretch }
-.mg .mg-form { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 1.2rem; gap: 1.15rem }
+.mg .mg-form { background: var(--card); border: 1px solid var(--line); border-radius: 14px;
+  padding: 1.2rem; gap: 1.15rem }
 .mg .mg-pills, .mg .mg-chips { display: flex; flex-flow: row wrap; gap: .4rem }
 .mg .mg-pills:empty, .mg .mg-chips:empty { display: none }
-.mg .mg-pair { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: .9rem 1.2rem }
+.mg .mg-pair { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr);
+  gap: .9rem 1.2rem }
 .mg .mg-seed { display: grid; grid-template-columns: 1fr auto; gap: .6rem; align-items: end }
 .mg .mg-go { display: grid; grid-template-columns: 1fr auto; gap: .6rem }
 .mg h2 { font-size: .95rem; font-weight: 650; margin: 0; letter-spacing: -.005em; line-height: 1.4 }
-.mg .widget-html, .mg .widget-html-content { height: auto; line-height: inherit; font-size: inherit; color: inherit; width: 100%; overflow: visible }
+.mg .widget-html, .mg .widget-html-content { height: auto; line-height: inherit;
+  font-size: inherit; color: inherit; width: 100%; overflow: visible }
 
-.mg .jupyter-button { width: auto; height: auto; min-height: 2.1rem; padding: .25rem .8rem; border-radius: 999px; border: 1px solid var(--line);
-  background: transparent; color: var(--ink); font: inherit; font-size: .875rem; line-height: 1.3; box-shadow: none; cursor: pointer; margin: 0;
+.mg .jupyter-button { width: auto; height: auto; min-height: 2.1rem; padding: .25rem .8rem;
+  border-radius: 999px; border: 1px solid var(--line);
+  background: transparent; color: var(--ink); font: inherit; font-size: .875rem; line-height: 1.3;
+  box-shadow: none; cursor: pointer; margin: 0;
   max-width: 100%; transition: background .12s, border-color .12s }
 .mg .jupyter-button:hover { border-color: var(--accent); box-shadow: none; background: var(--wash) }
 .mg .jupyter-button:disabled { opacity: .5; cursor: default }
-.mg .mg-chip.jupyter-button { background: var(--wash); border-color: transparent; white-space: pre-wrap }
+.mg .mg-chip.jupyter-button { background: var(--wash); border-color: transparent;
+  white-space: pre-wrap }
 .mg .mg-chip.jupyter-button:hover { border-color: var(--accent); text-decoration: line-through }
 .mg .mg-go .jupyter-button, .mg .mg-quiet.jupyter-button { border-radius: 10px }
 .mg .mg-go .jupyter-button { min-height: 2.75rem; font-size: 1rem; font-weight: 600 }
-.mg .mg-primary.jupyter-button { background: var(--accent); border-color: var(--accent); color: var(--on) }
+.mg .mg-primary.jupyter-button { background: var(--accent); border-color: var(--accent);
+  color: var(--on) }
 .mg .mg-primary.jupyter-button:hover { filter: brightness(1.07); background: var(--accent) }
-.mg :is(button, input, select, a, audio, [role=slider]):focus-visible { outline: 2px solid var(--accent) !important; outline-offset: 2px }
+.mg :is(button, input, select, a, audio, [role=slider]):focus-visible {
+  outline: 2px solid var(--accent) !important; outline-offset: 2px }
 
 .mg .widget-inline-hbox { display: block; width: 100%; height: auto; min-width: 0 }
-.mg .widget-inline-hbox > .widget-label, .mg .widget-label { display: block; width: auto; max-width: none; height: auto; text-align: left; color: var(--soft);
-  font-size: .84rem; line-height: 1.4; margin: 0 0 .25rem; padding: 0; overflow: visible; white-space: nowrap }
-.mg .widget-inline-hbox :is(input[type=text], input[type=number], select) { width: 100%; height: 2.3rem; box-sizing: border-box; padding: 0 .6rem; margin: 0;
-  border: 1px solid var(--line); border-radius: 9px; background-color: transparent; color: var(--ink); font: inherit; font-size: .92rem; line-height: 1.3; box-shadow: none }
-.mg .widget-inline-hbox select { appearance: none; -webkit-appearance: none; padding-right: 1.8rem; background: no-repeat right .65rem center / .7rem
+.mg .widget-inline-hbox > .widget-label, .mg .widget-label { display: block; width: auto;
+  max-width: none; height: auto; text-align: left; color: var(--soft);
+  font-size: .84rem; line-height: 1.4; margin: 0 0 .25rem; padding: 0; overflow: visible;
+  white-space: nowrap }
+.mg .widget-inline-hbox :is(input[type=text], input[type=number], select) { width: 100%;
+  height: 2.3rem; box-sizing: border-box; padding: 0 .6rem; margin: 0;
+  border: 1px solid var(--line); border-radius: 9px; background-color: transparent;
+  color: var(--ink); font: inherit; font-size: .92rem; line-height: 1.3; box-shadow: none }
+.mg .widget-inline-hbox select { appearance: none; -webkit-appearance: none;
+  padding-right: 1.8rem; background: no-repeat right .65rem center / .7rem
   url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 10 6'%3E%3Cpath d='M1 1l4 4 4-4' fill='none' stroke='%2389898f' stroke-width='1.6' stroke-linecap='round'/%3E%3C/svg%3E") }
 .mg select option { background: var(--card); color: var(--ink) }
 .mg input::placeholder { color: var(--soft); opacity: .8 }
-.mg .widget-slider { display: grid !important; grid-template-columns: 1fr auto; align-items: baseline; row-gap: .2rem }
-.mg .widget-slider .widget-readout { grid-area: 1 / 2; min-width: 2.5rem; height: auto; text-align: right; color: var(--ink); font-size: .92rem; font-weight: 600;
-  line-height: 1.4; padding: 0 .2rem; margin: 0; border: 0; border-radius: 5px; font-variant-numeric: tabular-nums }
-.mg .widget-slider .slider-container { grid-area: 2 / 1 / 3 / 3; height: 1.6rem; margin: 0 10px; padding: 0; display: flex; align-items: center; flex: none }
-.mg .widget-slider .noUi-target { width: 100%; height: 4px; background: var(--line); border: 0; border-radius: 9px; margin: 0; box-shadow: none; top: 0 }
+.mg .widget-slider { display: grid !important; grid-template-columns: 1fr auto;
+  align-items: baseline; row-gap: .2rem }
+.mg .widget-slider .widget-readout { grid-area: 1 / 2; min-width: 2.5rem; height: auto;
+  text-align: right; color: var(--ink); font-size: .92rem; font-weight: 600;
+  line-height: 1.4; padding: 0 .2rem; margin: 0; border: 0; border-radius: 5px;
+  font-variant-numeric: tabular-nums }
+.mg .widget-slider .slider-container { grid-area: 2 / 1 / 3 / 3; height: 1.6rem; margin: 0 10px;
+  padding: 0; display: flex; align-items: center; flex: none }
+.mg .widget-slider .noUi-target { width: 100%; height: 4px; background: var(--line); border: 0;
+  border-radius: 9px; margin: 0; box-shadow: none; top: 0 }
 .mg .widget-slider .noUi-connects { border-radius: 9px; height: 100% }
 .mg .widget-slider .noUi-connect { background: var(--accent); top: 0; height: 100% }
-.mg .widget-slider .noUi-handle { width: 20px; height: 20px; right: -10px; top: -8px; border-radius: 50%; background: var(--card); border: 2px solid var(--accent); box-shadow: none }
+.mg .widget-slider .noUi-handle { width: 20px; height: 20px; right: -10px; top: -8px;
+  border-radius: 50%; background: var(--card); border: 2px solid var(--accent); box-shadow: none }
 .mg .widget-slider .noUi-handle::before, .mg .widget-slider .noUi-handle::after { display: none }
-.mg .mg-ended { display: block } .mg .mg-ends { display: flex; justify-content: space-between; color: var(--soft); font-size: .78rem; margin-top: -.15rem }
+.mg .mg-ended { display: block } .mg .mg-ends { display: flex; justify-content: space-between;
+  color: var(--soft); font-size: .78rem; margin-top: -.15rem }
 .mg .widget-checkbox { width: auto; height: auto; min-height: 1.6rem; display: block }
-.mg .widget-checkbox label { display: flex; align-items: center; justify-content: flex-start; gap: .55rem; color: var(--soft); font-size: .84rem; width: auto; margin: 0; white-space: normal; line-height: 1.4 }
-.mg .widget-checkbox > .widget-label { display: none } .mg .widget-checkbox label input, .mg input[type=checkbox] { accent-color: var(--accent); width: 1rem; height: 1rem; margin: 0; flex: none }
-.mg .progress { height: 4px; border-radius: 9px; background: var(--line); border: 0; margin: 0; width: 100% } .mg .progress-bar { background: var(--accent); border-radius: 9px; transition: width .15s linear }
+.mg .widget-checkbox label { display: flex; align-items: center; justify-content: flex-start;
+  gap: .55rem; color: var(--soft); font-size: .84rem; width: auto; margin: 0; white-space: normal;
+  line-height: 1.4 }
+.mg .widget-checkbox > .widget-label { display: none }
+  .mg .widget-checkbox label input, .mg input[type=checkbox] { accent-color: var(--accent);
+  width: 1rem; height: 1rem; margin: 0; flex: none }
+.mg .progress { height: 4px; border-radius: 9px; background: var(--line); border: 0; margin: 0;
+  width: 100% } .mg .progress-bar { background: var(--accent); border-radius: 9px;
+  transition: width .15s linear }
 .mg .widget-hprogress { height: 4px }
-.mg .mg-bad { color: var(--bad) } .mg .mg-bad::before { content: "\\26A0\\FE0E\\2002" } .mg .mg-word { color: var(--soft) }
+.mg .mg-bad { color: var(--bad) } .mg .mg-bad::before { content: "\\26A0\\FE0E\\2002" }
+  .mg .mg-word { color: var(--soft) }
 .mg .mg-bad, .mg .mg-word { font-size: .92rem; margin: 0; overflow-wrap: anywhere }
 
 .mg .mg-takes { display: flex; flex-direction: column; gap: 1.2rem; min-width: 0 }
-.mg .mg-empty { border: 1.5px dashed var(--line); border-radius: 14px; padding: 3.5rem 1.5rem; text-align: center; color: var(--soft) }
-.mg .mg-card { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 1.1rem 1.2rem; display: grid; gap: .8rem; min-width: 0; grid-template-columns: minmax(0, 1fr) }
-.mg .mg-card header { display: flex; justify-content: space-between; align-items: center; gap: 1rem }
+.mg .mg-empty { border: 1.5px dashed var(--line); border-radius: 14px; padding: 3.5rem 1.5rem;
+  text-align: center; color: var(--soft) }
+.mg .mg-card { background: var(--card); border: 1px solid var(--line); border-radius: 14px;
+  padding: 1.1rem 1.2rem; display: grid; gap: .8rem; min-width: 0;
+  grid-template-columns: minmax(0, 1fr) }
+.mg .mg-card header { display: flex; justify-content: space-between; align-items: center;
+  gap: 1rem }
 .mg .mg-card h3 { margin: 0; font-size: 1rem; font-weight: 650 }
-.mg .mg-roll { overflow-x: auto } .mg .mg-roll img { display: block; width: 100%; min-width: 30rem; height: auto; max-height: none; max-width: none }
+.mg .mg-roll { overflow-x: auto } .mg .mg-roll img { display: block; width: 100%;
+  min-width: 30rem; height: auto; max-height: none; max-width: none }
 .mg .mg-roll .mg-dark { display: none }
-body[data-jp-theme-light="false"]:not([data-voila]) .mg .mg-dark { display: block } body[data-jp-theme-light="false"]:not([data-voila]) .mg .mg-light { display: none }
-@media (prefers-color-scheme: dark) { body[data-voila] .mg .mg-roll .mg-dark { display: block } body[data-voila] .mg .mg-roll .mg-light { display: none }
+body[data-jp-theme-light="false"]:not([data-voila]) .mg .mg-dark { display: block }
+  body[data-jp-theme-light="false"]:not([data-voila]) .mg .mg-light { display: none }
+@media (prefers-color-scheme: dark) { body[data-voila] .mg .mg-roll .mg-dark { display: block }
+  body[data-voila] .mg .mg-roll .mg-light { display: none }
   body[data-voila] .mg audio, body[data-voila] .mg select { color-scheme: dark } }
 .mg audio { width: 100%; height: 2.6rem; display: block } .mg figcaption { display: none }
-.mg dl { display: grid; grid-template-columns: auto 1fr; gap: .25rem 1rem; margin: 0; font-size: .88rem } .mg dt { color: var(--soft) } .mg dd { margin: 0; overflow-wrap: anywhere }
-.mg .mg-take-home { color: var(--accent) !important; border: 1px solid currentColor; border-radius: 10px; padding: .35rem .9rem; font-weight: 600; font-size: .9rem; text-decoration: none; white-space: nowrap }
+.mg dl { display: grid; grid-template-columns: auto 1fr; gap: .25rem 1rem; margin: 0;
+  font-size: .88rem } .mg dt { color: var(--soft) } .mg dd { margin: 0; overflow-wrap: anywhere }
+.mg .mg-take-home { color: var(--accent) !important; border: 1px solid currentColor;
+  border-radius: 10px; padding: .35rem .9rem; font-weight: 600; font-size: .9rem;
+  text-decoration: none; white-space: nowrap }
 .mg .mg-take-home:hover { background: var(--wash); text-decoration: none }
-@media (max-width: 52rem) { .mg { padding: .8rem !important } .mg .mg-columns { grid-template-columns: minmax(0, 1fr); gap: 1rem } .mg .jupyter-button { min-height: 2.5rem } .mg .mg-form { padding: 1rem } }
+@media (max-width: 52rem) { .mg { padding: .8rem !important } .mg .mg-columns {
+  grid-template-columns: minmax(0, 1fr); gap: 1rem } .mg .jupyter-button { min-height: 2.5rem }
+  .mg .mg-form { padding: 1rem } }
 @media (prefers-reduced-motion: reduce) { .mg * { transition: none !important } }
 """
 
@@ -383,8 +436,8 @@ class Panel(Page):
         if self.go.disabled: return
         if self.controls.fresh.value: self.controls.roll()
         try: request = Request(instruments=self.picker.chosen, **self.controls.values())
-        except Refusal as refusal: return self.say(f"{refusal.sentence}; add one above" if not self.picker.chosen
-                                                   else refusal.sentence)
+        except Refusal as refusal:
+            return self.say(refusal.sentence + ("" if self.picker.chosen else "; add one above"))
         self.stop.clear()
         self.busy(True)
         self.progress.max, self.progress.value = request.bars, 0
@@ -407,7 +460,8 @@ class Panel(Page):
         except Refusal as refusal: self.say(refusal.sentence)
         except Exception as error:   # our own mistake: no musician is to read a traceback
             _log.exception("the panel made a mistake")
-            self.say(f"something went wrong here ({type(error).__name__}); try again, or ask for something else")
+            self.say(f"something went wrong here ({type(error).__name__}); try again, or ask for "
+                     "something else")
 
     def _warm_up(self):
         "What the first click would have to wait for."

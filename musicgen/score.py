@@ -55,7 +55,12 @@ Reed 46-91, Soprano Sax 56-88, Alto Sax 49-81, Tenor Sax 44-76, Baritone Sax 36-
 Bassoon 34-75, Clarinet 50-94, Pipe 60-96, Piccolo 74-108, Flute 59-98, Recorder 60-98, Synth Lead 36-96, Synth Pad 36-96, Synth Effects 36-96,
 Ethnic 45-88, Sitar 48-84, Banjo 48-88, Koto 43-84, Kalimba 48-84, Bagpipe 55-84, Fiddle 55-96, Percussive 48-84, Sound Effects 36-84"""
 _named = dict(entry.strip().rsplit(" ", 1) for entry in _RANGES.replace("\n", " ").split(","))
-RANGES = np.array([[int(x) for x in _named.get(name, _named[FAMILIES[k // 8]]).split("-")] for k, name in enumerate(GM)])
+RANGES = np.array(
+    [
+        [int(x) for x in _named.get(name, _named[FAMILIES[k // 8]]).split("-")]
+        for k, name in enumerate(GM)
+    ]
+)
 
 # %% ../nbs/01_score.ipynb #6abbb33f
 class Part(NamedTuple):
@@ -88,12 +93,13 @@ def _latest(changes: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True, eq=False)
 class Score:
     "Music as arrays. Notes are sorted by onset, part, pitch; every time is in ticks."
-    notes: np.ndarray                 # int32 (n, 5): onset, part, pitch, duration, velocity
-    parts: tuple[Part, ...]           # who plays; the PART column points here
-    tempos: np.ndarray                # int64 (k, 2): tick, microseconds per quarter note; the first at tick 0
-    metres: np.ndarray                # int64 (k, 3): tick, numerator, denominator; the first at tick 0
-    keys: np.ndarray                  # int64 (k, 3): tick, sharps (+) or flats (-), 1 if minor; may be empty
-    ticks: int = TICKS                # ticks per quarter note
+
+    notes: np.ndarray  # int32 (n, 5): onset, part, pitch, duration, velocity
+    parts: tuple[Part, ...]  # who plays; the PART column points here
+    tempos: np.ndarray  # int64 (k, 2): tick, microseconds per quarter note; the first at tick 0
+    metres: np.ndarray  # int64 (k, 3): tick, numerator, denominator; the first at tick 0
+    keys: np.ndarray  # int64 (k, 3): tick, sharps (+) or flats (-), 1 if minor; may be empty
+    ticks: int = TICKS  # ticks per quarter note
     texts: tuple[tuple[int, str], ...] = ()  # tick and words of each text event
 
     @property
@@ -133,40 +139,55 @@ class Score:
         until, lines, close = self.end if until is None else until, [], 0
         stops = [*self.metres[1:, 0].tolist(), np.iinfo(np.int64).max]
         for (start, num, den), stop in zip(self.metres.tolist(), stops):
-            if start >= until: break
-            length = 4 * num * self.ticks   # of a bar, times `den`
+            if start >= until:
+                break
+            length = 4 * num * self.ticks  # of a bar, times `den`
             bars = -((start - min(stop, until)) * den // length)
             lines += [start + k * length // den for k in range(bars)]
             close = min(stop, start + bars * length // den)
         return np.array([*lines, close], np.int64)
 
     def __eq__(self, other) -> bool:
-        if not isinstance(other, Score): return NotImplemented
-        return (self.parts, self.ticks, self.texts) == (other.parts, other.ticks, other.texts) and all(
-            np.array_equal(getattr(self, k), getattr(other, k)) for k in ("notes", "tempos", "metres", "keys"))
+        if not isinstance(other, Score):
+            return NotImplemented
+        return (self.parts, self.ticks, self.texts) == (
+            other.parts,
+            other.ticks,
+            other.texts,
+        ) and all(
+            np.array_equal(getattr(self, k), getattr(other, k))
+            for k in ("notes", "tempos", "metres", "keys")
+        )
 
     def __repr__(self) -> str:
         who = ", ".join(p.name or p.instrument for p in self.parts)
-        return (f"Score({len(self.notes)} notes, {len(self.bar_lines()) - 1} bars of {self.metre[0]}/{self.metre[1]}, "
-                f"{self.bpm:.0f} bpm: {who})")
+        return (
+            f"Score({len(self.notes)} notes, {len(self.bar_lines()) - 1} bars of {self.metre[0]}/{self.metre[1]}, "
+            f"{self.bpm:.0f} bpm: {who})"
+        )
 
 # %% ../nbs/01_score.ipynb #247e3dc2
 def make_score(
-    notes: Iterable,                    # (onset, part, pitch, duration, velocity), times in ticks
-    parts: Iterable = (Part(0),),       # parts, or program numbers
-    bpm: float = 120,                   # quarter notes per minute
+    notes: Iterable,  # (onset, part, pitch, duration, velocity), times in ticks
+    parts: Iterable = (Part(0),),  # parts, or program numbers
+    bpm: float = 120,  # quarter notes per minute
     metre: tuple[int, int] = (4, 4),
-    ticks: int = TICKS,                 # ticks per quarter note
-    **maps,                             # tempos, metres, keys, texts, where more than one is wanted
+    ticks: int = TICKS,  # ticks per quarter note
+    **maps,  # tempos, metres, keys, texts, where more than one is wanted
 ) -> Score:
     "A score from plain tuples, sorted. Refuses a note that MIDI cannot hold."
     notes = _table(list(notes), 5, np.int32)
     parts = tuple(p if isinstance(p, Part) else Part(int(p)) for p in parts)
-    for column, low, high, name in ((ONSET, 0, 2**31 - 1, "onset"), (PART, 0, len(parts) - 1, "part"),
-                                    (PITCH, 0, 127, "pitch"), (DURATION, 1, 2**31 - 1, "duration"),
-                                    (VELOCITY, 1, 127, "velocity")):
+    for column, low, high, name in (
+        (ONSET, 0, 2**31 - 1, "onset"),
+        (PART, 0, len(parts) - 1, "part"),
+        (PITCH, 0, 127, "pitch"),
+        (DURATION, 1, 2**31 - 1, "duration"),
+        (VELOCITY, 1, 127, "velocity"),
+    ):
         wrong = notes[(notes[:, column] < low) | (notes[:, column] > high), column]
-        if len(wrong): raise Refusal(f"{name} {wrong[0]} is outside {low} to {high}")
+        if len(wrong):
+            raise Refusal(f"{name} {wrong[0]} is outside {low} to {high}")
     tempos = _latest(_table(maps.pop("tempos", [(0, round(60e6 / bpm))]), 2, np.int64))
     metres = _latest(_table(maps.pop("metres", [(0, *metre)]), 3, np.int64))
     keys = _latest(_table(maps.pop("keys", ()), 3, np.int64))
@@ -175,7 +196,9 @@ def make_score(
 # %% ../nbs/01_score.ipynb #73c6e4b3
 def _sorted(notes: np.ndarray) -> np.ndarray:
     "Notes by onset, part, pitch; the longest first among equals."
-    order = np.lexsort((-notes[:, VELOCITY], -notes[:, DURATION], notes[:, PITCH], notes[:, PART], notes[:, ONSET]))
+    order = np.lexsort(
+        (-notes[:, VELOCITY], -notes[:, DURATION], notes[:, PITCH], notes[:, PART], notes[:, ONSET])
+    )
     return np.ascontiguousarray(notes[order])
 
 # %% ../nbs/01_score.ipynb #cb0025d3
@@ -183,7 +206,9 @@ def _channels(parts: tuple[Part, ...]) -> list[int]:
     "A channel for each part: drums on 9, others their own; past fifteen they share, like with like."
     free, owners, channels = [c for c in range(16) if c != DRUM_CHANNEL], {}, []
     for k, part in enumerate(parts):
-        if part.is_drums: channels.append(DRUM_CHANNEL); continue
+        if part.is_drums:
+            channels.append(DRUM_CHANNEL)
+            continue
         channel = free.pop(0) if free else owners.get(part.program, k % DRUM_CHANNEL)
         owners.setdefault(part.program, channel)
         channels.append(channel)
@@ -205,11 +230,16 @@ def _conductor(score: Score) -> list:
     "What concerns all parts, as (tick, order, message)."
     from mido import MetaMessage as Meta
     from mido.midifiles.meta import _key_signature_decode as names
+
     ratio = lambda tick: int(tick) * TICKS // score.ticks
     events = [(ratio(t), 2, Meta("set_tempo", tempo=int(us))) for t, us in score.tempos]
-    events += [(ratio(t), 0, Meta("time_signature", numerator=int(n), denominator=int(d)))
-               for t, n, d in score.metres]
-    events += [(ratio(t), 1, Meta("key_signature", key=names[int(f), int(m)])) for t, f, m in score.keys]
+    events += [
+        (ratio(t), 0, Meta("time_signature", numerator=int(n), denominator=int(d)))
+        for t, n, d in score.metres
+    ]
+    events += [
+        (ratio(t), 1, Meta("key_signature", key=names[int(f), int(m)])) for t, f, m in score.keys
+    ]
     return events + [(ratio(t), 3, Meta("text", text=words)) for t, words in score.texts]
 
 # %% ../nbs/01_score.ipynb #3132b7b2
@@ -218,18 +248,31 @@ def write_midi(
 ) -> bytes:
     "The bytes of a type-1 file: a conductor's track, then one named track a part, closed at the last bar line."
     import mido
+
     notes, end = score.notes.astype(np.int64), int(score.bar_lines()[-1]) * TICKS // score.ticks
     starts = notes[:, ONSET] * TICKS // score.ticks
     stops = np.maximum((notes[:, ONSET] + notes[:, DURATION]) * TICKS // score.ticks, starts + 1)
     file = mido.MidiFile(type=1, ticks_per_beat=TICKS, charset="utf-8")
     file.tracks.append(_track(_conductor(score), end))
     for k, (part, channel) in enumerate(zip(score.parts, _channels(score.parts))):
-        events = [(0, -2, mido.MetaMessage("track_name", name=part.name or part.instrument)),
-                  (0, -1, mido.Message("program_change", channel=channel, program=part.program % PROGRAMS))]
+        events = [
+            (0, -2, mido.MetaMessage("track_name", name=part.name or part.instrument)),
+            (
+                0,
+                -1,
+                mido.Message("program_change", channel=channel, program=part.program % PROGRAMS),
+            ),
+        ]
         for i in np.flatnonzero(notes[:, PART] == k):
             pitch = int(notes[i, PITCH])
             note = dict(channel=channel, note=pitch)
-            events.append((int(starts[i]), 200 + pitch, mido.Message("note_on", velocity=int(notes[i, VELOCITY]), **note)))
+            events.append(
+                (
+                    int(starts[i]),
+                    200 + pitch,
+                    mido.Message("note_on", velocity=int(notes[i, VELOCITY]), **note),
+                )
+            )
             events.append((int(stops[i]), pitch, mido.Message("note_off", velocity=0, **note)))
         file.tracks.append(_track(events, end))
     out = io.BytesIO()
@@ -242,21 +285,29 @@ def read_midi(
 ) -> Score:
     "The score of a MIDI file. Refuses what is not one, and what lasts longer than `MAX_SECONDS`."
     from symusic import Score as Parsed
+
     name = "the MIDI data" if isinstance(source, bytes) else Path(source).name
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    if len(data) < 14: raise Refusal(f"{name} has {len(data)} bytes; a MIDI file has at least 14")
-    try: parsed = Parsed.from_midi(_unwrapped(data))
+    if len(data) < 14:
+        raise Refusal(f"{name} has {len(data)} bytes; a MIDI file has at least 14")
+    try:
+        parsed = Parsed.from_midi(_unwrapped(data))
     except (RuntimeError, ValueError, UnicodeDecodeError) as e:
-        raise Refusal(f"{name} is not a MIDI file that can be read: {str(e).splitlines()[0]}") from None
+        raise Refusal(
+            f"{name} is not a MIDI file that can be read: {str(e).splitlines()[0]}"
+        ) from None
     score = _from_parsed(parsed)
     if score.seconds > MAX_SECONDS:
-        raise Refusal(f"{name} lasts {score.seconds / 3600:.1f} hours, above the limit of {MAX_SECONDS // 3600}")
+        raise Refusal(
+            f"{name} lasts {score.seconds / 3600:.1f} hours, above the limit of {MAX_SECONDS // 3600}"
+        )
     return score
 
 # %% ../nbs/01_score.ipynb #5d173f5d
 def _unwrapped(data: bytes) -> bytes:
     "The MIDI file inside a RIFF wrapper (.rmi), or the data as they are."
-    if data[:4] == b"RIFF" and data[8:12] == b"RMID" and (at := data.find(b"MThd")) > 0: return data[at:]
+    if data[:4] == b"RIFF" and data[8:12] == b"RMID" and (at := data.find(b"MThd")) > 0:
+        return data[at:]
     return data
 
 # %% ../nbs/01_score.ipynb #ac568c1d
@@ -264,21 +315,34 @@ def _from_parsed(parsed) -> Score:
     tracks = [t for t in parsed.tracks if len(t.notes)]
     columns = [_columns(k, t.notes.numpy()) for k, t in enumerate(tracks)]
     notes = np.concatenate(columns) if columns else np.zeros((0, 5), np.int32)
-    parts = tuple(Part(DRUMS if t.is_drum else int(t.program) % PROGRAMS, t.name.strip("\x00 ")) for t in tracks)
-    tempo, metre, key = (getattr(parsed, k).numpy() for k in ("tempos", "time_signatures", "key_signatures"))
+    parts = tuple(
+        Part(DRUMS if t.is_drum else int(t.program) % PROGRAMS, t.name.strip("\x00 "))
+        for t in tracks
+    )
+    tempo, metre, key = (
+        getattr(parsed, k).numpy() for k in ("tempos", "time_signatures", "key_signatures")
+    )
     tempos = np.column_stack([tempo["time"], tempo["mspq"]])
     metres = np.column_stack([metre["time"], metre["numerator"], metre["denominator"]])
     keys = np.column_stack([key["time"], key["key"], key["tonality"]])
     sane = (metres[:, 1] > 0) & (metres[:, 2] > 0)
-    return Score(_sorted(notes), parts, _from_zero(tempos[tempos[:, 1] > 0], 500_000),
-                 _from_zero(metres[sane], 4, 4), _latest(_real_keys(keys)),
-                 int(parsed.ticks_per_quarter), tuple((int(m.time), m.text) for m in parsed.markers))
+    return Score(
+        _sorted(notes),
+        parts,
+        _from_zero(tempos[tempos[:, 1] > 0], 500_000),
+        _from_zero(metres[sane], 4, 4),
+        _latest(_real_keys(keys)),
+        int(parsed.ticks_per_quarter),
+        tuple((int(m.time), m.text) for m in parsed.markers),
+    )
 
 # %% ../nbs/01_score.ipynb #63a764d6
 def _columns(part: int, notes: dict) -> np.ndarray:
     "The parser's arrays of one track as our five columns, inside MIDI's ranges."
     n = len(notes["time"])
-    table = np.column_stack([notes["time"], np.full(n, part), notes["pitch"], notes["duration"], notes["velocity"]])
+    table = np.column_stack(
+        [notes["time"], np.full(n, part), notes["pitch"], notes["duration"], notes["velocity"]]
+    )
     table = table[(table[:, ONSET] >= 0) & (table[:, PITCH] >= 0) & (table[:, VELOCITY] > 0)]
     table[:, DURATION] = np.maximum(table[:, DURATION], 1)
     return table.astype(np.int32)
@@ -301,7 +365,9 @@ def transpose(
     pitched = np.array([not p.is_drums for p in score.parts] or [True])
     notes = score.notes.copy()
     moved = notes[:, PITCH] + semitones * pitched[notes[:, PART]]
-    notes[:, PITCH] = np.where(moved < 0, moved % 12, np.where(moved > 127, 116 + (moved - 116) % 12, moved))
+    notes[:, PITCH] = np.where(
+        moved < 0, moved % 12, np.where(moved > 127, 116 + (moved - 116) % 12, moved)
+    )
     keys = score.keys.copy()
     keys[:, 1] = (keys[:, 1] + 7 * semitones + 5) % 12 - 5
     return replace(score, notes=_sorted(notes), keys=keys)
@@ -324,8 +390,19 @@ def _steps(ticks: np.ndarray, grid: int, per_beat: int) -> np.ndarray:
 
 def _resolved(notes: np.ndarray) -> np.ndarray:
     "One note a part, pitch and onset (the longest), each ending where the next of its pitch begins."
-    notes = notes[np.lexsort((-notes[:, VELOCITY], -notes[:, DURATION], notes[:, ONSET], notes[:, PITCH], notes[:, PART]))]
-    if len(notes) < 2: return notes
+    notes = notes[
+        np.lexsort(
+            (
+                -notes[:, VELOCITY],
+                -notes[:, DURATION],
+                notes[:, ONSET],
+                notes[:, PITCH],
+                notes[:, PART],
+            )
+        )
+    ]
+    if len(notes) < 2:
+        return notes
     twice = (np.diff(notes[:, [ONSET, PART, PITCH]], axis=0) == 0).all(1)
     notes = notes[np.append(True, ~twice)]
     same = (np.diff(notes[:, [PART, PITCH]], axis=0) == 0).all(1)
@@ -356,16 +433,29 @@ def on_grid(
 def lint(score: Score) -> list[str]:
     "Problems in a score, one sentence each; an empty list is a clean score."
     notes, found = score.notes, []
+
     def say(rows, what):
-        if len(rows): found.append(f"{len(rows)} {'note' if len(rows) == 1 else 'notes'} {what}, the first at tick {rows[0, ONSET]}")
+        if len(rows):
+            found.append(
+                f"{len(rows)} {'note' if len(rows) == 1 else 'notes'} {what}, the first at tick {rows[0, ONSET]}"
+            )
+
     say(notes[notes[:, DURATION] < 1], "without length")
-    say(notes[(notes[:, VELOCITY] < 1) | (notes[:, VELOCITY] > 127)], "with a velocity outside 1 to 127")
+    say(
+        notes[(notes[:, VELOCITY] < 1) | (notes[:, VELOCITY] > 127)],
+        "with a velocity outside 1 to 127",
+    )
     say(notes[(notes[:, PITCH] < 0) | (notes[:, PITCH] > 127)], "with a pitch outside 0 to 127")
     say(notes[notes[:, ONSET] < 0], "before the beginning")
     by_pitch = notes[np.lexsort((notes[:, ONSET], notes[:, PITCH], notes[:, PART]))]
     late = (np.diff(by_pitch[:, [PART, PITCH]], axis=0) == 0).all(1) & (
-        by_pitch[:-1, ONSET] + by_pitch[:-1, DURATION] > by_pitch[1:, ONSET])
+        by_pitch[:-1, ONSET] + by_pitch[:-1, DURATION] > by_pitch[1:, ONSET]
+    )
     say(by_pitch[1:][late], "begun before the same pitch has ended")
     heard = set(notes[:, PART].tolist())
-    found += [f"the part {p.name or p.instrument} is never heard" for k, p in enumerate(score.parts) if k not in heard]
+    found += [
+        f"the part {p.name or p.instrument} is never heard"
+        for k, p in enumerate(score.parts)
+        if k not in heard
+    ]
     return found

@@ -219,11 +219,11 @@ def docs_page() -> str:
     "The page about the API, complete in itself."
     rows, cell = "", lambda value: f"<td>{html.escape(str(value))}"
     for asked in Request.spec():
-        limits = "" if asked["low"] is None else f"{asked['low']:g} to {asked['high']:g}"
+        limits = "" if asked["low"] is None else f"{asked['low']:.10g} to {asked['high']:.10g}"
         rows += "<tr>" + cell(asked["name"]) + cell(json.dumps(asked["default"])) + cell(limits)
         rows += cell(asked["help"])
-    example = ("curl http://127.0.0.1:8000/generate -H 'content-type: application/json' \\\n"
-               f"     -d '{json.dumps(EXAMPLES[0])}' -o quartet.mid")
+    example = ("curl http://127.0.0.1:8000/generate -H 'content-type: application/json' -o quartet.mid "
+               f"\\\n     -d '{json.dumps(EXAMPLES[0])}'")
     return _PAGE.format(version=__version__, example=html.escape(example, False), rows=rows)
 
 # %% ../nbs/17_serve.ipynb #5a1536dd

@@ -14,17 +14,33 @@ from pathlib import Path
 import numpy as np
 
 from .core import Refusal, write_atomic
-from .score import (DURATION, ONSET, PART, PITCH, PITCHES, VELOCITY, LEVEL, Part, Score, level_of,
-                            make_score, on_grid, velocity_of, _resolved, _sorted)
+from musicgen.score import (
+    DURATION,
+    ONSET,
+    PART,
+    PITCH,
+    PITCHES,
+    VELOCITY,
+    LEVEL,
+    Part,
+    Score,
+    level_of,
+    make_score,
+    on_grid,
+    velocity_of,
+    _resolved,
+    _sorted,
+)
 
 # %% ../nbs/07_tokens.ipynb #9910ae07
 @dataclass(frozen=True)
 class Vocab:
     "What the numbers in a row mean. An artefact carries its own; nobody else may choose."
-    grid: int = 24           # steps per quarter note
-    longest: int = 96        # steps that one shift or one duration can say
-    max_parts: int = 32      # parts in a piece
-    version: int = 1         # of the row format
+
+    grid: int = 24  # steps per quarter note
+    longest: int = 96  # steps that one shift or one duration can say
+    max_parts: int = 32  # parts in a piece
+    version: int = 1  # of the row format
 
     @property
     def rest(self) -> int:
@@ -61,7 +77,8 @@ class Vocab:
         found = json.loads(Path(path).read_text())
         stated = found.pop("hash", None)
         vocab = cls(**found)
-        if stated != vocab.hash: raise Refusal(f"{path} says vocabulary {stated}, its numbers make {vocab.hash}")
+        if stated != vocab.hash:
+            raise Refusal(f"{path} says vocabulary {stated}, its numbers make {vocab.hash}")
         return vocab
 
 # %% ../nbs/07_tokens.ipynb #651c33fc
@@ -73,7 +90,9 @@ def _tied(notes: np.ndarray, longest: int) -> np.ndarray:
     "Notes in links of at most `longest` steps; VELOCITY is a level, and 0 for all links but the first."
     links = -(-notes[:, DURATION] // longest)
     rows = np.repeat(notes, links, axis=0)
-    place = np.arange(len(rows)) - np.repeat(np.cumsum(links) - links, links)   # 0, 1, 2 within a note
+    place = np.arange(len(rows)) - np.repeat(
+        np.cumsum(links) - links, links
+    )  # 0, 1, 2 within a note
     rows[:, ONSET] += place * longest
     rows[:, DURATION] = np.minimum(rows[:, DURATION] - place * longest, longest)
     rows[:, VELOCITY] = np.where(place == 0, level_of(rows[:, VELOCITY]), 0)
@@ -86,7 +105,9 @@ def encode(
 ) -> np.ndarray:
     "uint8 (n, 5) rows of `FIELDS`. Refuses a score with more parts than the vocabulary has."
     if len(score.parts) > vocab.max_parts:
-        raise Refusal(f"the piece has {len(score.parts)} parts, above the limit of {vocab.max_parts}")
+        raise Refusal(
+            f"the piece has {len(score.parts)} parts, above the limit of {vocab.max_parts}"
+        )
     rows = _tied(on_grid(score, vocab.grid).notes, vocab.longest).astype(np.int64)
     shifts = np.diff(rows[:, ONSET], prepend=0)
     rests = np.maximum(0, -(-shifts // vocab.longest) - 1)
@@ -100,31 +121,44 @@ def encode(
 def onsets_of(rows: np.ndarray, vocab: Vocab) -> np.ndarray:
     "int64 (n,): the grid step at which each row stands. A rest stands where its silence ends."
     shift = rows[:, SHIFT].astype(np.int64)
-    return np.cumsum(np.where(shift == vocab.rest, vocab.longest, np.where(shift > vocab.longest, 0, shift)))
+    return np.cumsum(
+        np.where(shift == vocab.rest, vocab.longest, np.where(shift > vocab.longest, 0, shift))
+    )
 
 # %% ../nbs/07_tokens.ipynb #c1e6d8be
 def _untied(notes: np.ndarray) -> np.ndarray:
     "Links joined to the notes they continue; a link that continues nothing is dropped."
     notes = notes[np.lexsort((notes[:, ONSET], notes[:, PITCH], notes[:, PART]))]
-    joins = np.append(False, (np.diff(notes[:, [PART, PITCH]], axis=0) == 0).all(1) & (
-        notes[:-1, ONSET] + notes[:-1, DURATION] == notes[1:, ONSET])) & (notes[:, VELOCITY] == 0)
-    head = np.maximum.accumulate(np.where(joins, 0, np.arange(len(notes))))   # the link that each one hangs on
-    lengths = np.bincount(head, weights=notes[:, DURATION], minlength=len(notes)).astype(notes.dtype)
+    joins = np.append(
+        False,
+        (np.diff(notes[:, [PART, PITCH]], axis=0) == 0).all(1)
+        & (notes[:-1, ONSET] + notes[:-1, DURATION] == notes[1:, ONSET]),
+    ) & (notes[:, VELOCITY] == 0)
+    head = np.maximum.accumulate(
+        np.where(joins, 0, np.arange(len(notes)))
+    )  # the link that each one hangs on
+    lengths = np.bincount(head, weights=notes[:, DURATION], minlength=len(notes)).astype(
+        notes.dtype
+    )
     notes[:, DURATION] = lengths
     return notes[~joins & (notes[:, VELOCITY] > 0)]
 
 # %% ../nbs/07_tokens.ipynb #adccf0d0
 def decode(
     rows: np.ndarray,  # (n, 5) of `FIELDS`, from `encode` or from a model
-    header: Score,     # the piece's parts and maps; its notes are ignored
+    header: Score,  # the piece's parts and maps; its notes are ignored
     vocab: Vocab,
 ) -> Score:
     "The score of `rows` on the grid. Any rows decode; what makes no sense is dropped."
-    onsets, sounds = onsets_of(rows, vocab), (rows[:, SHIFT] <= vocab.longest) & (rows[:, DURATION] > 0)
+    onsets, sounds = (
+        onsets_of(rows, vocab),
+        (rows[:, SHIFT] <= vocab.longest) & (rows[:, DURATION] > 0),
+    )
     notes = rows[sounds].astype(np.int32)
     notes[:, ONSET] = onsets[sounds]
     notes = notes[(notes[:, PART] < len(header.parts)) & (notes[:, PITCH] < PITCHES)]
-    if len(notes): notes = _untied(_once(notes))
+    if len(notes):
+        notes = _untied(_once(notes))
     notes[:, VELOCITY] = velocity_of(np.minimum(notes[:, VELOCITY], vocab.sizes[VELOCITY] - 1))
     return replace(on_grid(header.header, vocab.grid), notes=_resolved(notes))
 
