@@ -137,18 +137,10 @@ def open_root(
 
 # %% ../nbs/00_core.ipynb #aa05f043
 SETTINGS = dict(
-    paths=dict(soundfont="", model=""),  # "" : the SoundFont of pretty_midi, the model of this root
-    api=dict(
-        host="127.0.0.1",
-        port=8000,
-        max_bars=64,
-        max_takes=8,
-        queue=16,
-        timeout=60.0,
-        max_body=1_000_000,
-    ),
-    dashboard=dict(port=8080, api=""),
-)  # api: an address to ask, "" to play in the dashboard's own process
+    paths=dict(soundfont="", model=""),  # "": the SoundFont of pretty_midi, the model of this root
+    api=dict(host="127.0.0.1", port=8000, max_bars=64, max_takes=8, queue=16, timeout=60.0,
+             max_body=1_000_000),
+    dashboard=dict(api=""))              # an address to ask; "": it plays in its own process
 
 # %% ../nbs/00_core.ipynb #f846c274
 class Settings:

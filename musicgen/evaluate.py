@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .core import Layout, Refusal, open_root, write_atomic
-from .features import Corpus, Piece, _last_rows, controls, look
+from .features import at_home, Corpus, Piece, _last_rows, controls, look
 from .generate import Request, Studio, Take, generate, open_studio
 from .learner import losses_on
 from .metrics import KEYS, compare, find_key, measures
@@ -142,7 +142,8 @@ class Reading(NamedTuple):
     sizes: list[int]                      # rows of each piece, its end included
 
 def read_pieces(pieces: list[Piece], vocab: Vocab) -> Reading:
-    "The reading of pieces."
+    "The reading of pieces, at home, as the model reads them."
+    pieces = [at_home(p) for p in pieces]
     found = [_chains(p, vocab) for p in pieces]
     most = max(a.shape[1] for _, _, a in found)
     chains = {f: [np.concatenate(level) for level in zip(*(c[f] for c, _, _ in found))]
@@ -489,9 +490,11 @@ def _picture(draw, words: str) -> str:
             f'srcset="data:image/png;base64,{dark}">'
             f'<img alt="{html.escape(words)}" src="data:image/png;base64,{light}"></picture>')
 
-def _sound(score: Score, seconds: float = 24.0, rate: int = 22050) -> str:
-    "A player of the first seconds, one channel: small enough for a page with a dozen of them."
-    sound = synthesize(score, rate=rate).mean(0)[:int(seconds * rate)]
+def _sound(score: Score, seconds: float = 24.0) -> str:
+    "A player of the first seconds: one channel at half the rate, so that a dozen fit on a page."
+    rate = 22050
+    sound = synthesize(score, rate=2 * rate).mean(0)[:int(seconds * rate) * 2]
+    sound = sound[:len(sound) // 2 * 2].reshape(-1, 2).mean(1)   # each two neighbours as one
     fade = min(len(sound), rate)
     sound[len(sound) - fade:] *= np.linspace(1, 0, fade, dtype=np.float32)
     data = base64.b64encode(encode_audio(sound, "flac", rate)).decode()

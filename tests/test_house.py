@@ -171,3 +171,14 @@ def test_the_settings_file_holds_the_built_in_values():
     ini.read(REPO / "settings.ini")
     assert {s: set(ini[s]) for s in ini.sections()} == {s: set(k) for s, k in SETTINGS.items()}
     assert read_settings(Layout(REPO)).values == SETTINGS
+
+
+def test_a_stage_runs_without_its_lessons(repo, tmp_path):
+    "What a run keeps of a notebook names nothing that only a lesson defines."
+    sheet = yaml.safe_load((repo / "pipeline.yaml").read_text())
+    for name, stage in sheet["stages"].items():
+        cells = [c.source for c in run_pipeline.job(repo / stage["notebook"]).cells if c.cell_type == "code"]
+        (tmp_path / f"{name}.py").write_text("here = display = None\n" + "\n".join(cells))
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
