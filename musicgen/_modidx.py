@@ -426,6 +426,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'musicgen.render._ruled': ('render.html#_ruled', 'musicgen/render.py'),
                                  'musicgen.render._short': ('render.html#_short', 'musicgen/render.py'),
                                  'musicgen.render._sizes': ('render.html#_sizes', 'musicgen/render.py'),
+                                 'musicgen.render._sounded': ('render.html#_sounded', 'musicgen/render.py'),
                                  'musicgen.render._synthesizer': ('render.html#_synthesizer', 'musicgen/render.py'),
                                  'musicgen.render.caption': ('render.html#caption', 'musicgen/render.py'),
                                  'musicgen.render.encode_audio': ('render.html#encode_audio', 'musicgen/render.py'),

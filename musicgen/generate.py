@@ -434,6 +434,7 @@ def _may_shift(band: _Band) -> np.ndarray:
     if band.last is None:
         allowed[1:] = False  # the music begins with the first bar
     allowed[v.end] = band.finished()
+    if room == 0 and allowed[v.end]: allowed[:v.end] = False     # no crowd at the very last step
     return allowed
 
 def _may_play(band: _Band) -> np.ndarray:
