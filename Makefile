@@ -11,6 +11,7 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3 python; do \
 	"$$p" -c "import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))" \
 	>/dev/null 2>&1 && { echo "$$p"; break; }; done)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export OMP_WAIT_POLICY ?= passive
 
 help:
 	@echo "make play    the dashboard, playing the model that ships"
@@ -58,7 +59,7 @@ fe: .venv/run-ready
 # pytest comes last, so that its closing line is the last one; a failing notebook fails the check too
 check: .venv/check-ready
 	@echo "notebooks: every cell of every room"; \
-	$(VENV) -c "from nbdev.test import nbdev_test; nbdev_test()" --path nbs --n_workers 2; notebooks=$$?; \
+	OMP_NUM_THREADS=1 $(VENV) -c "from nbdev.test import nbdev_test; nbdev_test()" --path nbs --n_workers 2; notebooks=$$?; \
 	$(VENV) -m pytest tests; tests=$$?; \
 	test $$notebooks -eq 0 || echo "make check: a notebook fails; its name and its error stand above." >&2; \
 	test $$notebooks -eq 0 -a $$tests -eq 0
