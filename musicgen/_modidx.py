@@ -174,6 +174,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'musicgen.generate._score_of': ('generate.html#_score_of', 'musicgen/generate.py'),
                                    'musicgen.generate._some_key': ('generate.html#_some_key', 'musicgen/generate.py'),
                                    'musicgen.generate._take': ('generate.html#_take', 'musicgen/generate.py'),
+                                   'musicgen.generate._usual_density': ('generate.html#_usual_density', 'musicgen/generate.py'),
                                    'musicgen.generate.find_program': ('generate.html#find_program', 'musicgen/generate.py'),
                                    'musicgen.generate.generate': ('generate.html#generate', 'musicgen/generate.py'),
                                    'musicgen.generate.instruments': ('generate.html#instruments', 'musicgen/generate.py'),

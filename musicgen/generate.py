@@ -340,9 +340,14 @@ def _some_key(seed: int) -> str:
               "A minor", "E minor", "B minor", "D minor", "G minor", "C minor")
     return KEYS[parse_key(simple[np.random.default_rng([seed, len(simple)]).integers(len(simple))])]
 
+def _usual_density(programs: list[int]) -> float:
+    "Notes per quarter note that fit an ensemble: two alone, less for each who joins, a kit for three."
+    drums = programs.count(DRUMS)
+    return 1.3 + 0.7 * (len(programs) - drums) + 3 * drums
+
 # %% ../nbs/14_generate.ipynb #ad421e4c
 MOST_HELD = 10         # pitches that one part may hold at once: the fingers of two hands
-LONGEST_SILENCE = 4    # bars after which a part gets its turn
+LONGEST_SILENCE = 2    # bars after which a part gets its turn
 DRUM_RANGE = (35, 81)  # the percussion key map of General MIDI
 BUSY_BAR = 48          # rows a part in one bar, on average, after which the bar is full
 NEW_STEP = (-1, -1)    # nobody has played at this step
@@ -494,7 +499,8 @@ class _Player:
         self.dice = [np.random.default_rng([request.seed, k]) for k in range(request.takes)]
         source = 1 + studio.sources.index(request.style) if request.style else 0
         home = KEYS[9 + 12 if (request.key or _some_key(request.seed)).endswith("minor") else 0]
-        told = controls(request.tempo, request.metre, home, request.density, source)
+        density = request.density or _usual_density(request.programs)
+        told = controls(request.tempo, request.metre, home, density, source)
         self.decoder.start(request.takes, self.tables.told(told, self.bands[0].who))
 
     def draw(self, scores: np.ndarray, allowed: np.ndarray, dice: np.ndarray) -> np.ndarray:

@@ -68,7 +68,7 @@ def _grooved(piece: Piece, groove: Piece, vocab: Vocab) -> Piece:
 class Augment:
     "How often each change is made, as probabilities; all zero changes nothing."
 
-    orchestrate: float = 0.25  # for other instruments
+    orchestrate: float = 0.2   # for other instruments
     groove: float = 0.4  # over drums, where there are none
     jitter: int = 2  # levels of loudness, up or down
     forget: float = 0.1  # each control not told

@@ -48,12 +48,12 @@ GM = tuple(name for line in _GM.splitlines() for name in line.split(": ")[1].spl
 # %% ../nbs/01_score.ipynb #ab440570
 _RANGES = """Piano 21-108, Harpsichord 29-89, Clavinet 29-88, Chromatic Percussion 53-96, Celesta 60-108, Glockenspiel 79-108,
 Music Box 60-96, Vibraphone 53-89, Marimba 45-96, Xylophone 65-108, Tubular Bells 60-77, Dulcimer 48-86, Organ 36-96,
-Accordion 41-96, Harmonica 60-96, Tango Accordion 41-96, Guitar 40-88, Bass 28-67, Strings 36-100, Violin 55-100,
-Viola 48-88, Cello 36-79, Contrabass 28-67, Orchestral Harp 24-103, Timpani 36-57, Ensemble 36-96, Choir Aahs 40-84, Voice Oohs 40-84,
-Synth Choir 40-84, Orchestra Hit 36-84, Brass 34-82, Trumpet 54-86, Trombone 34-77, Tuba 26-65, Muted Trumpet 54-86, French Horn 34-77,
-Reed 46-91, Soprano Sax 56-88, Alto Sax 49-81, Tenor Sax 44-76, Baritone Sax 36-69, Oboe 58-91, English Horn 52-82,
-Bassoon 34-75, Clarinet 50-94, Pipe 60-96, Piccolo 74-108, Flute 59-98, Recorder 60-98, Synth Lead 36-96, Synth Pad 36-96, Synth Effects 36-96,
-Ethnic 45-88, Sitar 48-84, Banjo 48-88, Koto 43-84, Kalimba 48-84, Bagpipe 55-84, Fiddle 55-96, Percussive 48-84, Sound Effects 36-84"""
+Accordion 48-88, Harmonica 60-96, Tango Accordion 48-88, Guitar 40-88, Bass 28-58, Strings 36-100, Violin 55-93,
+Viola 48-79, Cello 36-69, Contrabass 28-60, Orchestral Harp 24-103, Timpani 36-57, Ensemble 36-96, Choir Aahs 40-81, Voice Oohs 40-84,
+Synth Choir 40-84, Orchestra Hit 36-84, Brass 34-82, Trumpet 54-86, Trombone 40-70, Tuba 26-58, Muted Trumpet 54-86, French Horn 41-74,
+Reed 46-91, Soprano Sax 56-88, Alto Sax 49-81, Tenor Sax 44-76, Baritone Sax 36-69, Oboe 58-86, English Horn 52-82,
+Bassoon 34-67, Clarinet 50-86, Pipe 60-96, Piccolo 74-108, Flute 60-93, Recorder 60-98, Synth Lead 36-96, Synth Pad 36-96, Synth Effects 36-96,
+Ethnic 45-88, Sitar 48-84, Banjo 48-88, Koto 43-84, Kalimba 48-84, Bagpipe 55-84, Fiddle 55-93, Percussive 48-84, Sound Effects 36-84"""
 _named = dict(entry.strip().rsplit(" ", 1) for entry in _RANGES.replace("\n", " ").split(","))
 RANGES = np.array(
     [
