@@ -18,13 +18,14 @@ import os
 import re
 import shutil
 import stat
+import subprocess
 import tarfile
 import tempfile
 import time
 import unicodedata
 import zipfile
 import zlib
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Iterable, Iterator
@@ -391,21 +392,17 @@ def _plain(tune: str) -> str:
             lines.append(re.sub(r"[uvTHLMOPSJRk~.](?=[\^_=(\[A-Ga-gz~.uvT])", "", line))
     return "\n".join(lines) + "\n"
 
-@contextmanager
-def _hushed():
-    "Silence on the terminal, and a temporary folder of one's own, while a C library works."
-    null, kept = os.open(os.devnull, os.O_WRONLY), (os.dup(1), os.dup(2))
-    shared = os.environ.get("TMPDIR")
+def _abc2midi(text: str) -> bytes:
+    "MIDI of an ABC tune, by the program that symusic brings; its own call breaks at a space in the path."
+    import symusic
+    program = next((Path(symusic.__file__).parent / "bin").glob("abc2midi*"))
     with tempfile.TemporaryDirectory() as own:
-        try:
-            os.environ["TMPDIR"] = own
-            os.dup2(null, 1); os.dup2(null, 2)
-            yield
-        finally:
-            for target, saved in enumerate(kept, 1): os.dup2(saved, target); os.close(saved)
-            os.close(null)
-            os.environ.pop("TMPDIR")
-            if shared is not None: os.environ["TMPDIR"] = shared
+        tune, midi = Path(own, "tune.abc"), Path(own, "tune.mid")
+        tune.write_text(text, "utf-8")
+        try: subprocess.run([program, tune, "-o", midi, "-silent"], capture_output=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired) as e: raise Refusal(f"the tune cannot be read: {e}") from None
+        if not midi.exists(): raise Refusal("the tune cannot be read: abc2midi made no file of it")
+        return midi.read_bytes()
 
 # %% ../nbs/05_ingest.ipynb #7e9d1de3
 AGREE = 0.9   # share of the bars that must begin where the bar lines are
@@ -432,10 +429,9 @@ def read_tune(
 ) -> Score:
     "The music of an ABC tune, repeats played, bar lines true, ornaments left out."
     from symusic import Score as Parsed
-    with _hushed():
-        try: parsed = Parsed.from_abc(_plain(text))
-        except (RuntimeError, ValueError, UnicodeDecodeError) as e:
-            raise Refusal(f"the tune cannot be read: {e}") from None
+    try: parsed = Parsed.from_midi(_abc2midi(_plain(text)))
+    except (RuntimeError, UnicodeDecodeError) as e:
+        raise Refusal(f"the tune cannot be read: {e}") from None
     if len(parsed.tracks) != 1 or len(parsed.tracks[0].notes) < 8:
         raise Refusal("it is not a tune in one part with 8 notes or more")
     notes, scale = parsed.tracks[0].notes.numpy(), TICKS / parsed.ticks_per_quarter
