@@ -250,6 +250,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'musicgen.learner._announce': ('learner.html#_announce', 'musicgen/learner.py'),
                                   'musicgen.learner._grooved': ('learner.html#_grooved', 'musicgen/learner.py'),
                                   'musicgen.learner._keep': ('learner.html#_keep', 'musicgen/learner.py'),
+                                  'musicgen.learner._one_thread': ('learner.html#_one_thread', 'musicgen/learner.py'),
                                   'musicgen.learner._pitched': ('learner.html#_pitched', 'musicgen/learner.py'),
                                   'musicgen.learner._reorchestrated': ('learner.html#_reorchestrated', 'musicgen/learner.py'),
                                   'musicgen.learner._resume': ('learner.html#_resume', 'musicgen/learner.py'),

@@ -10,6 +10,7 @@ import io
 import math
 import time
 from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -272,18 +273,25 @@ def _announce(plan: Plan, name: str) -> Callable:
 
     return say
 
-# %% ../nbs/10_learner.ipynb #06f9a837
+# %% ../nbs/10_learner.ipynb #55ddef33
+@contextmanager
+def _one_thread():
+    "torch computes on one thread, and afterwards on as many as before."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(threads)
+
+# %% ../nbs/10_learner.ipynb #64f5d24b
+@_one_thread()
 def fit(
     model: MusicLSTM,
     train: list[Piece],
     valid: list[Piece],
     plan: Plan,
-    checkpoint: str
-    | Path
-    | None = None,  # where to keep the run; one that is there is gone on with
+    checkpoint: str | Path | None = None,  # where to keep the run; one that is there is gone on with
     name: str = "train",  # of the run, as it is announced
-    after: Callable
-    | None = None,  # called with (round, history) after each; returning True stops the run
+    after: Callable | None = None,  # called with (round, history) after each; True stops the run
 ) -> list[dict]:
     "The history, one line a round; the model holds the weights of its best round."
     if not train or not valid:
