@@ -71,7 +71,7 @@ class Augment:
 
     orchestrate: float = 0.2   # for other instruments
     groove: float = 0.4  # over drums, where there are none
-    jitter: int = 2  # levels of loudness, up or down
+    jitter: int = 0            # levels of loudness, up or down
     forget: float = 0.1  # each control not told
 
     def __call__(
