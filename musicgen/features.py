@@ -23,7 +23,7 @@ import numpy as np
 from .core import Layout, Refusal, open_root, write_atomic
 from .metrics import KEYS, density, find_key
 from .originality import OriginalityIndex
-from .score import DRUMS, DURATION, PART, PITCH, PITCHES, Part, Score, make_score, read_midi
+from .score import DRUMS, DURATION, PART, PITCH, PITCHES, VELOCITY, Part, Score, make_score, read_midi
 from .tokens import SHIFT, Vocab, decode, encode, onsets_of
 
 # %% ../nbs/08_features.ipynb #ff77a05d
@@ -343,6 +343,7 @@ class Sight:
     held_now: np.ndarray  # bool (n + 1, 128): pitches that sound after the shift
     state: np.ndarray  # int64 (n + 1, p): of each part, after the shift
     latest: np.ndarray  # int64 (n + 1, p): the pitch that each part played last
+    loud: np.ndarray  # int64 (n + 1, p): how loud that was, 0 where it has not played
     target: np.ndarray  # int64 (n + 1, 5): the row itself; -1 where there is nothing to choose
     ensemble: np.ndarray  # int64 (p, 2)
     controls: np.ndarray  # int64 (5,)
@@ -394,6 +395,7 @@ def look(
     padded = np.concatenate([rows, np.zeros((1, 5), np.int64)])
     ends = np.where(last >= 0, (np.append(onsets, 0) + padded[:, DURATION])[last], -1)
     latest = np.where(last >= 0, padded[last, PITCH], NO_PITCH)
+    loud = np.where(last >= 0, padded[last, VELOCITY], 0)
     pitched = sounds & (who[rows[:, PART], 0] != DRUMS) if n else sounds
     held_now = _sounding(rows, onsets, pitched)
     held = np.zeros_like(held_now)
@@ -414,6 +416,7 @@ def look(
         held_now,
         _states(ends, at, passed, grid),
         latest,
+        loud,
         target,
         who,
         told,
@@ -439,16 +442,14 @@ def _seen(rows, who, place, bar, bars, sounds, ends, before, vocab) -> np.ndarra
     return seen
 
 # %% ../nbs/08_features.ipynb #62b747e7
-KNOWN = dict(
-    part=3, pitch=6, duration=7, velocity=8
-)  # how many chosen columns are known before each field
+KNOWN = dict(part=3, pitch=6, duration=7, velocity=9)  # chosen columns known before each field
 
 class Ids(NamedTuple):
     "The sight of a piece (n rows and the end) in ids. `p` is the number of parts."
 
     seen: np.ndarray  # int64 (n + 1, 15 + p): `SEEN`, the controls, the members of the ensemble
     held: np.ndarray  # bool (n + 1, 128)
-    chosen: np.ndarray  # int64 (n + 1, 8): in the order in which they become known
+    chosen: np.ndarray  # int64 (n + 1, 9): in the order in which they become known
     held_now: np.ndarray  # bool (n + 1, 128)
     parts: np.ndarray  # int64 (n + 1, p, 4)
     away: np.ndarray  # bool (n + 1, p): parts that cannot be chosen
@@ -490,6 +491,7 @@ class Tables:
             latest=NO_PITCH + 1,
             pitch=pitch,
             duration=duration,
+            loud=velocity,
         )
         self.parts = dict(program=NOBODY, rank=RANKS, state=BUSY + 1, latest=NO_PITCH + 1)
         self.seen_at, self.chosen_at, self.parts_at = (
@@ -509,7 +511,9 @@ class Tables:
         latest = (
             np.take_along_axis(sight.latest, of[:, [1]], 1) if p else np.zeros((n, 1), np.int64)
         )
-        chosen = np.concatenate([of[:, :1], sight.now, who, latest, of[:, 2:4]], 1) + self.chosen_at
+        loud = np.take_along_axis(sight.loud, of[:, [1]], 1) if p else np.zeros((n, 1), np.int64)
+        chosen = [of[:, :1], sight.now, who, latest, of[:, 2:4], loud]
+        chosen = np.concatenate(chosen, 1) + self.chosen_at
         described = np.stack(
             [*np.broadcast_arrays(*sight.ensemble.T[:, None], sight.state), sight.latest], -1
         )

@@ -383,6 +383,7 @@ class _Band:
         n = len(self.who)
         self.ends = np.zeros((n, PITCHES), np.int64)  # when each pitch of each part stops
         self.end, self.latest = np.full(n, -1), np.full(n, NO_PITCH)  # of each part's latest note
+        self.loud = np.zeros(n, np.int64)  # and how loud it was
         self.limit = LONGEST_SILENCE * self.bar
         self.heard = np.full(n, min(LONGEST_SILENCE, request.bars // 4) * self.bar - self.limit)
         self.played, self.turn, self.last = np.zeros(n, bool), NEW_STEP, None
@@ -474,6 +475,7 @@ def _enter(band: _Band, shift: int, part: int, pitch: int, duration: int, veloci
     "A note is played now."
     band.ends[part, pitch] = band.end[part] = band.now + duration
     band.latest[part], band.heard[part], band.played[part] = pitch, band.now, True
+    band.loud[part] = velocity
     band.turn, band.last, band.in_bar = (
         (part, pitch),
         (shift, part, pitch, duration, velocity),
@@ -516,7 +518,7 @@ class _Player:
             np.stack([b.held() for b in bands]),
         )
         dice = np.stack([d.random(len(FIELDS)) for d in self.dice])
-        chosen = np.zeros((len(bands), 8), np.int64)
+        chosen = np.zeros((len(bands), 9), np.int64)
         going = np.array([not b.done for b in bands])
         anything = lambda masks: np.stack(
             [m if go else np.ones_like(m) for m, go in zip(masks, going)]
@@ -554,6 +556,7 @@ class _Player:
             dice[:, 1],
         )
         chosen[:, 3:6] = np.array([[*b.who[p], b.latest[p]] for b, p in zip(bands, part)]) + at[3:6]
+        chosen[:, 8] = np.array([b.loud[p] for b, p in zip(bands, part)]) + at[8]
         pitch = self.draw(
             self.decoder.scores("pitch", chosen, held),
             some([b.free()[p] for b, p in zip(bands, part)]),

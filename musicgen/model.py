@@ -52,7 +52,7 @@ class Batch(NamedTuple):
     "Windows of `B` pieces, ready for the model. Padding has target -1 and ids 0."
     seen: Tensor      # int64 (B, T, 10 + 5 + P): ids of the input table
     held: Tensor      # bool (B, T, 128)
-    chosen: Tensor    # int64 (B, T, 8): ids of the heads' tables
+    chosen: Tensor    # int64 (B, T, 9): ids of the heads' tables
     held_now: Tensor  # bool (B, T, 128)
     parts: Tensor     # int64 (B, T, P, 4): ids of the table of parts
     away: Tensor      # bool (B, T, P): parts that cannot be chosen
@@ -70,7 +70,7 @@ def collate(windows: list[Ids], fresh: list[bool], length: int) -> Batch:
     wide = {
         "seen": 15 + most,
         "held": 128,
-        "chosen": 8,
+        "chosen": 9,
         "held_now": 128,
         "parts": most,
         "away": most,
