@@ -162,6 +162,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'musicgen.generate._ask': ('generate.html#_ask', 'musicgen/generate.py'),
                                    'musicgen.generate._bar_hashes': ('generate.html#_bar_hashes', 'musicgen/generate.py'),
                                    'musicgen.generate._checked': ('generate.html#_checked', 'musicgen/generate.py'),
+                                   'musicgen.generate._ending': ('generate.html#_ending', 'musicgen/generate.py'),
                                    'musicgen.generate._enter': ('generate.html#_enter', 'musicgen/generate.py'),
                                    'musicgen.generate._head_hash': ('generate.html#_head_hash', 'musicgen/generate.py'),
                                    'musicgen.generate._may_last': ('generate.html#_may_last', 'musicgen/generate.py'),

@@ -456,6 +456,16 @@ def _may_last(band: _Band, part: int) -> np.ndarray:
     tenth = band.now < band.last_bar and (band.ends[part] > band.now).sum() >= MOST_HELD - 1
     return (d > 0) & (d <= (band.last_bar if tenth else band.total) - band.now)
 
+# %% ../nbs/14_generate.ipynb #32efb615
+def _ending(scores: np.ndarray, bands: list) -> np.ndarray:
+    "(n, V) scores of shifts, those beyond the last bar line added to the end where it may come."
+    scores = scores.copy()
+    for k, band in enumerate(bands):
+        if band.done or not band.finished(): continue
+        beyond = scores[k, band.total - band.now : band.vocab.rest + 1]
+        scores[k, band.vocab.end] = np.logaddexp.reduce([*beyond, scores[k, band.vocab.end]])
+    return scores
+
 # %% ../nbs/14_generate.ipynb #0c184496
 def _advance(band: _Band, shift: int):
     "Time goes on by a shift."
@@ -524,7 +534,7 @@ class _Player:
             [m if go else np.ones_like(m) for m, go in zip(masks, going)]
         )
         shift = self.draw(
-            self.decoder.scores("shift", chosen, None),
+            _ending(self.decoder.scores("shift", chosen, None), bands),
             anything([_may_shift(b) for b in bands]),
             dice[:, 0],
         )
