@@ -239,7 +239,8 @@ def test_ctrl_c_stops_the_shell_and_leaves_nothing(house, tmp_path):
              "--time-signature", "16/4", "--instruments", ",".join(16 * ["Piano"]),
              "-o", tmp_path / "out.mid"]
     process = subprocess.Popen([sys.executable, "-c", TOLD, *map(str, words)], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert process.stdout.readline() == "1\n"
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)

@@ -1,5 +1,6 @@
 """The whole road on a small corpus of one's own, in a root with a space in its name."""
 import json
+import shutil
 import subprocess
 import sys
 
@@ -43,8 +44,11 @@ def road(repo, tmp_path_factory):
         stage["notebook"] = str(repo / stage["notebook"])
         stage["parameters"].update(SMALL.get(name, {}))
         if "gates" in SMALL.get(name, {}): stage["parameters"]["gates"] = SMALL[name]["gates"]
+    (place / "data").mkdir()
+    shutil.copy(repo / "data/sources.yaml", place / "data")
+    shutil.copytree(repo / "data/grooves", place / "data/grooves")
     config = place / "pipeline.yaml"
-    config.write_text(yaml.safe_dump(sheet))
+    config.write_text(yaml.safe_dump(sheet, sort_keys=False))
     root = place / "my root"
     done = conduct(repo, config, root, "--midi", songs)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -94,7 +98,7 @@ def test_gates_are_applied_to_what_was_measured(road, tmp_path):
     sheet = yaml.safe_load(config.read_text())
     sheet["stages"]["test"]["parameters"]["gates"]["nats_per_note"] = 0.001
     strict = config.with_name("strict.yaml")
-    strict.write_text(yaml.safe_dump(sheet))
+    strict.write_text(yaml.safe_dump(sheet, sort_keys=False))
     done = conduct(repo, strict, root)
     assert done.returncode == 1 and "nats_per_note" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert "[6/7] evaluate: up to date" in done.stdout
