@@ -297,7 +297,8 @@ class Run:
 
     def go(self, stages: list[Stage]):
         "Run what is stale, in order, and say so."
-        if self.midi: self.remembered.write_text(str(self.midi), "utf-8")
+        told = self.remembered.read_text("utf-8") if self.remembered.is_file() else ""
+        if self.midi and told != str(self.midi): self.remembered.write_text(str(self.midi), "utf-8")
         ran, began = 0, time.monotonic()
         for number, stage in enumerate(stages, 1):
             head, start = f"[{number}/{len(stages)}] {stage.name}", time.monotonic()

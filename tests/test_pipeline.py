@@ -103,7 +103,7 @@ def test_gates_are_applied_to_what_was_measured(road, tmp_path):
     assert done.returncode == 1 and "nats_per_note" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert "[6/7] evaluate: up to date" in done.stdout
     now = json.loads(Layout(root).examination.read_text())
-    assert now["passed"] is False and now["values"] == kept["values"]
+    assert now["passed"] is False and now["measurements"] == kept["measurements"]
     done = conduct(repo, config, root)
     assert done.returncode == 0 and json.loads(Layout(root).examination.read_text())["passed"] is True, done.stderr
 
