@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -141,17 +142,16 @@ def meaning(source: str) -> str:
     return ast.dump(tree)
 
 
+IMPORTS = re.compile(r"^[ \t]*(?:from[ \t]+(?:musicgen)?\.(\w+)[ \t]+import"
+                     r"|import[ \t]+musicgen\.(\w+)"
+                     r"|from[ \t]+(?:musicgen|\.)[ \t]+import[ \t]+([\w, \t]+))", re.M)
+
+
 @cache
 def rooms_in(source: str) -> set[str]:
     "The rooms that code imports: `from musicgen.x import`, `import musicgen.x`, `from .x import`."
-    try: nodes = list(ast.walk(ast.parse(source)))
-    except SyntaxError: return set()
-    names = [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
-    for node in nodes:
-        if isinstance(node, ast.ImportFrom):
-            start = ["musicgen"] * bool(node.level) + [node.module] * bool(node.module)
-            names += [".".join([*start, alias.name]) for alias in node.names]
-    return {n.split(".")[1] for n in names if n.startswith("musicgen.")}
+    names = [name for found in IMPORTS.findall(source) for name in ",".join(found).split(",")]
+    return {name.split(" as ")[0].strip() for name in names} - {""}
 
 
 def digest(text: str) -> str: return hashlib.md5(text.encode()).hexdigest()
