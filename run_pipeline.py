@@ -10,7 +10,6 @@ import glob
 import hashlib
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -132,26 +131,30 @@ def fits(value, kind: str) -> bool:
 # ---- what a stage is made of ----------------------------------------------------------------
 
 @cache
-def meaning(source: str) -> str:
-    "Code without comments, layout and docstrings; what is not plain Python stays as it is."
+def understood(source: str) -> tuple[str, frozenset]:
+    "What `meaning` and `rooms_in` say of a piece of code, from one walk over it."
     try: tree = ast.parse(source)
-    except SyntaxError: return source
+    except SyntaxError: return source, frozenset()
+    names = []
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             if ast.get_docstring(node, clean=False) is not None: node.body = node.body[1:]
-    return ast.dump(tree)
+        elif isinstance(node, ast.Import): names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = ["musicgen"] * bool(node.level) + [node.module] * bool(node.module)
+            names += [".".join([*start, alias.name]) for alias in node.names]
+    rooms = frozenset(n.split(".")[1] for n in names if n.startswith("musicgen."))
+    return ast.dump(tree), rooms
 
 
-IMPORTS = re.compile(r"^[ \t]*(?:from[ \t]+(?:musicgen)?\.(\w+)[ \t]+import"
-                     r"|import[ \t]+musicgen\.(\w+)"
-                     r"|from[ \t]+(?:musicgen|\.)[ \t]+import[ \t]+([\w, \t]+))", re.M)
+def meaning(source: str) -> str:
+    "Code without comments, layout and docstrings; what is not plain Python stays as it is."
+    return understood(source)[0]
 
 
-@cache
 def rooms_in(source: str) -> set[str]:
     "The rooms that code imports: `from musicgen.x import`, `import musicgen.x`, `from .x import`."
-    names = [name for found in IMPORTS.findall(source) for name in ",".join(found).split(",")]
-    return {name.split(" as ")[0].strip() for name in names} - {""}
+    return set(understood(source)[1])
 
 
 def digest(text: str) -> str: return hashlib.md5(text.encode()).hexdigest()
