@@ -22,7 +22,6 @@ from . import __version__
 from .core import Layout, Refusal, read_settings
 from .decoder import Decoder, read_weights, sample
 from musicgen.features import (
-    AWAY,
     BARS_LEFT,
     BEATS,
     NO_PITCH,
@@ -52,7 +51,6 @@ from musicgen.score import (
     Score,
     lint,
     make_score,
-    on_grid,
     read_midi,
     velocity_of,
     write_midi,
