@@ -1,6 +1,6 @@
 # Every target builds what it needs. All paths are relative, so a clone may lie in a folder with spaces.
 .DEFAULT_GOAL := help
-.PHONY: help run play check ingest preprocess fe tune train evaluate test clean
+.PHONY: help run play check bench ingest preprocess fe tune train evaluate test clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 SHELL := /bin/sh
@@ -17,6 +17,7 @@ help:
 	@echo "make play    the dashboard, playing the model that ships"
 	@echo "make run     the whole pipeline: a trained model, a report, MIDI files"
 	@echo "make check   every test"
+	@echo "make bench   our speed beside peers and limits, over the corpus in data/raw (half an hour)"
 	@echo "make ingest | preprocess | fe | tune | train | evaluate | test    one stage, and what it needs"
 	@echo "make clean   remove what the pipeline made (.venv stays)"
 
@@ -43,6 +44,8 @@ endef
 	$(call install,[train])
 .venv/check-ready: .venv/made pyproject.toml constraints.txt
 	$(call install,[train$(comma)dev])
+.venv/bench-ready: .venv/made pyproject.toml constraints.txt
+	$(call install,[train$(comma)bench])
 comma := ,
 
 run: .venv/run-ready
@@ -55,6 +58,11 @@ ingest preprocess tune train evaluate test: .venv/run-ready
 	@$(VENV) run_pipeline.py $@
 fe: .venv/run-ready
 	@$(VENV) run_pipeline.py features
+
+bench: .venv/bench-ready
+	@$(VENV) run_pipeline.py ingest
+	@rm -f artifacts/bench/speed.json
+	@$(VENV) run_pipeline.py --config bench.yaml
 
 # pytest comes last, so that its closing line is the last one; a failing notebook fails the check too
 check: .venv/check-ready

@@ -23,8 +23,10 @@ from doit.dependency import DatabaseException, Dependency, SqliteDB
 from doit.task import Task
 from filelock import FileLock, Timeout
 
+from musicgen.core import folder_mark
+
 HERE = Path(__file__).resolve().parent
-KEYS = dict(notebook=str, inputs=list, outputs=list, parameters=dict, timeout=(int, float))
+KEYS = dict(notebook=str, inputs=list, outputs=list, watches=str, parameters=dict, timeout=(int, float))
 KINDS = dict(int=int, float=(int, float), str=str, list=list, dict=dict)
 ASKED = ("root", "midi")  # parameters that come from the command line
 
@@ -52,6 +54,7 @@ class Stage:
     outputs: list     # paths under the root
     parameters: dict
     timeout: float    # seconds, for the whole stage
+    watches: str      # an output that maps folders outside the root to their marks; "" = none
 
 
 def read_stages(config: Path) -> list[Stage]:
@@ -77,7 +80,9 @@ def read_stage(folder: Path, name: str, entry: dict) -> Stage:
         check(entry.get(key), f"stage {name} has no {key}")
     check(entry["timeout"] > 0, f"stage {name}: timeout {entry['timeout']} is not above 0")
     stage = Stage(name, folder / entry["notebook"], entry.get("inputs", []), entry["outputs"],
-                  entry.get("parameters", {}), entry["timeout"])
+                  entry.get("parameters", {}), entry["timeout"], entry.get("watches", ""))
+    check(not stage.watches or stage.watches in stage.outputs,
+          f"stage {name} watches {stage.watches}, which it does not make")
     for path in stage.inputs + stage.outputs:
         check(isinstance(path, str), f"stage {name}: {path!r} is not a path")
     check(stage.notebook.is_file(), f"stage {name}: there is no notebook {entry['notebook']}")
@@ -253,16 +258,25 @@ class Run:
     def stale(self, stage: Stage) -> str:
         "Why the stage must run, in a few words; empty when it is up to date."
         task = self.task(stage)
+        gone = [Path(file).name for file in sorted(task.file_dep) if not os.path.exists(file)]
         with self.ledger() as book:
-            status = book.get_status(task, None, get_log=True)
             before, now = book.get_values(stage.name), task.values
-        if status.status == "up-to-date": return ""
-        if not before: return "not done yet"
+            if not before: return "not done yet"
+            if gone: return f"{gone[0]} is missing"
+            status = book.get_status(task, None, get_log=True)
+        if status.status == "up-to-date": return self.moved(stage)
         changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
         changed += [Path(file).name for reason, files in status.reasons.items()
                     if reason.endswith("file_dep") for file in files]
         if changed: return f"{changed[0]} changed"
         return f"{Path(status.reasons['missing_target'][0]).name} is missing"
+
+    def moved(self, stage: Stage) -> str:
+        "Which of the folders that a stage read has changed since; empty when none has."
+        if not stage.watches: return ""
+        marks = json.loads((self.root / stage.watches).read_text("utf-8"))
+        changed = (folder for folder, mark in marks.items() if folder_mark(folder) != mark)
+        return next((f"{folder} changed" for folder in changed), "")
 
     # ---- running ----------------------------------------------------------------------------
 

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'SETTINGS', 'Refusal', 'find_root', 'Layout', 'write_atomic', 'sandbox', 'open_root', 'Settings',
-           'read_settings']
+           'read_settings', 'in_processes', 'folder_mark']
 
 # %% ../nbs/00_core.ipynb #8c91e3ca
 import atexit
 import configparser
+import hashlib
 import os
 import tempfile
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterable, Iterator
 
 # %% ../nbs/00_core.ipynb #6cb2bcc9
 class Refusal(ValueError):
@@ -63,6 +65,7 @@ PATHS = dict(
     examination="artifacts/reports/test.json",
     page="artifacts/reports/index.html",
     runs="artifacts/runs",
+    bench="artifacts/bench",
     settings="settings.ini",
 )
 
@@ -140,7 +143,8 @@ SETTINGS = dict(
     paths=dict(soundfont="", model=""),  # "": the SoundFont of pretty_midi, the model of this root
     api=dict(host="127.0.0.1", port=8000, max_bars=64, max_takes=8, queue=16, timeout=60.0,
              max_body=1_000_000),
-    dashboard=dict(api=""))              # an address to ask; "": it plays in its own process
+    dashboard=dict(api=""),              # an address to ask; "": it plays in its own process
+    work=dict(backend="loky"))           # the joblib backend that carries work on many files
 
 # %% ../nbs/00_core.ipynb #f846c274
 class Settings:
@@ -184,3 +188,41 @@ def read_settings(
             if (text := os.environ.get(f"MUSICGEN_{section}_{key}".upper())) is not None:
                 given.setdefault(section, {})[key] = text
     return Settings(given)
+
+# %% ../nbs/00_core.ipynb #add04504
+def in_processes(
+    function: Callable,      # of one job; it and the jobs must be picklable
+    jobs: Iterable,
+    workers: int = 2,        # processes
+    few: int = 32,           # with fewer jobs than this nothing is started
+    backend: str = "",       # of joblib; "": what the settings say
+) -> Iterator:
+    "`function(job)` of each job, in the order of the jobs, a bounded number of them at a time."
+    if workers < 1: raise Refusal(f"{workers} workers are too few; at least 1 is needed")
+    jobs = iter(jobs)
+    first = list(islice(jobs, few))
+    if workers == 1 or len(first) < few: return map(function, chain(first, jobs))
+    name = backend or read_settings()["work"]["backend"]
+    return _carried(function, chain(first, jobs), workers, name)
+
+def _carried(function: Callable, jobs: Iterator, workers: int, backend: str) -> Iterator:
+    "The work of `in_processes`, by joblib. Backends that cannot stream are given blocks of jobs."
+    from joblib import Parallel, delayed
+    if backend in ("loky", "threading"):
+        pool = Parallel(workers, backend=backend, return_as="generator", pre_dispatch="4*n_jobs")
+        yield from pool(delayed(function)(job) for job in jobs)
+        return
+    with Parallel(workers, backend=backend) as pool:
+        while block := list(islice(jobs, 64 * workers)):
+            yield from pool(delayed(function)(job) for job in block)
+
+# %% ../nbs/00_core.ipynb #7441eaaa
+def folder_mark(
+    folder: str | Path,  # or a single file
+) -> str:
+    "A short name for the names, sizes and times of all files below a folder; empty when it is not there."
+    folder = Path(folder)
+    if not folder.exists(): return ""
+    files = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else [folder]
+    facts = [(p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

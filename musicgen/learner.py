@@ -11,17 +11,18 @@ import math
 import time
 from dataclasses import asdict, dataclass, replace
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
 
 from .core import Refusal, write_atomic
-from .features import Ids, Piece, Tables, at_home, controls, look
+from .features import Ids, Piece, Tables, _grid_lines, at_home, controls, look
 from .model import Batch, MusicLSTM, MusicLSTMConfig, collate
-from .score import DRUMS, DURATION, ONSET, PART, PITCH, RANGES, VELOCITY, Part, Score
-from .tokens import FIELDS, SHIFT, Vocab, decode, encode
+from .score import DRUMS, DURATION, PART, PITCH, RANGES, VELOCITY, Part
+from .tokens import FIELDS, SHIFT, Vocab, decode, encode, onsets_of
 
 # %% ../nbs/10_learner.ipynb #bbd67fbf
 def _pitched(piece: Piece) -> np.ndarray:
@@ -33,38 +34,65 @@ def _pitched(piece: Piece) -> np.ndarray:
 def _reorchestrated(piece: Piece, rng: np.random.Generator) -> Piece:
     "The piece for other instruments that can play its pitches; parts of one program stay alike."
     parts, mine = list(piece.header.parts), _pitched(piece)
+    programs = np.array([p.program for p in parts] or [DRUMS])
+    plays = programs[piece.rows[:, PART]]
     for program in sorted({p.program for p in parts if not p.is_drums}):
-        whose = [k for k, p in enumerate(parts) if p.program == program]
-        pitches = piece.rows[mine & np.isin(piece.rows[:, PART], whose), PITCH]
+        pitches = piece.rows[mine & (plays == program), PITCH]
         if not len(pitches): continue
         fits = np.flatnonzero((RANGES[:, 0] <= pitches.min()) & (RANGES[:, 1] >= pitches.max()))
         family = fits[fits // 8 == program // 8]
         choice = family if len(family) and rng.random() < 0.5 else fits
         if len(choice):
             new = int(rng.choice(choice))
-            for k in whose: parts[k] = Part(new)
-    return piece._replace(header=_with_parts(piece.header, parts))
-
-def _with_parts(header: Score, parts: list[Part]) -> Score:
-    return replace(header, parts=tuple(parts))
+            for k in np.flatnonzero(programs == program): parts[k] = Part(new)
+    return piece._replace(header=replace(piece.header, parts=tuple(parts)))
 
 # %% ../nbs/10_learner.ipynb #b361df8e
-def _grooved(piece: Piece, groove: Piece, vocab: Vocab) -> Piece:
-    "The piece over the bars of a groove of the same metre, repeated to its end."
-    music, beat = decode(piece.rows, piece.header, vocab), decode(groove.rows, groove.header, vocab)
-    length, end = int(beat.bar_lines()[-1]), int(music.bar_lines()[-1])
-    times = -(-end // length)
-    hits = np.tile(beat.notes, (times, 1))
-    hits[:, ONSET] += np.repeat(np.arange(times) * length, len(beat.notes))
-    hits = hits[hits[:, ONSET] + hits[:, DURATION] <= end]
-    hits[:, PART] = len(music.parts)
-    notes = np.concatenate([music.notes, hits])
-    notes = notes[np.lexsort((notes[:, PITCH], notes[:, PART], notes[:, ONSET]))]
-    both = replace(music, notes=notes, parts=(*music.parts, Part(DRUMS, "Drums")))
-    return piece._replace(header=both.header, rows=encode(both, vocab),
-                          density=piece.density + groove.density)
+class _Loop(NamedTuple):
+    "A groove to go round and round."
+    onsets: np.ndarray   # int64 (h,): the grid step of each hit
+    rows: np.ndarray     # uint8 (h, 5): the hits
+    length: int          # steps until it begins again, in whole bars
+    density: float
 
-# %% ../nbs/10_learner.ipynb #180f103b
+def _as_loop(groove: Piece, vocab: Vocab) -> _Loop:
+    "The hits of a groove, those of several drummers as those of one."
+    beat = decode(groove.rows, groove.header, vocab)
+    notes = beat.notes.copy()
+    notes[:, PART] = 0
+    rows = encode(replace(beat, notes=notes, parts=(Part(DRUMS),)), vocab)
+    hits = rows[:, SHIFT] <= vocab.longest
+    return _Loop(onsets_of(rows, vocab)[hits], rows[hits], int(beat.bar_lines()[-1]), groove.density)
+
+# %% ../nbs/10_learner.ipynb #7b2f100d
+def _spaced(onsets: np.ndarray, rows: np.ndarray, vocab: Vocab) -> np.ndarray:
+    "Rows that stand at `onsets`, their shifts written, with a rest wherever one shift is too short."
+    shifts = np.diff(onsets, prepend=0)
+    rests = np.maximum(0, -(-shifts // vocab.longest) - 1)
+    out = np.zeros((len(rows) + int(rests.sum()), len(FIELDS)), np.uint8)
+    out[:, SHIFT] = vocab.rest
+    rows[:, SHIFT] = shifts - rests * vocab.longest
+    out[np.arange(len(rows)) + np.cumsum(rests)] = rows
+    return out
+
+def _grooved(piece: Piece, loop: _Loop, vocab: Vocab) -> Piece:
+    "The piece over a loop of the same metre, repeated to its end."
+    sounds, parts = piece.rows[:, SHIFT] <= vocab.longest, piece.header.parts
+    onsets, music = onsets_of(piece.rows, vocab)[sounds], piece.rows[sounds]
+    last = int((onsets + music[:, DURATION]).max(initial=1))
+    end = int(_grid_lines(piece.header, vocab.grid, last - 1)[-1])
+    times = -(-end // loop.length)
+    beat = (np.arange(times)[:, None] * loop.length + loop.onsets).ravel()
+    hits = np.tile(loop.rows, (times, 1))
+    inside = beat + hits[:, DURATION] <= end
+    beat, hits = beat[inside], hits[inside]
+    hits[:, PART] = len(parts)
+    place = np.searchsorted(onsets, beat, side="right")   # at one onset, drums come last
+    rows = _spaced(np.insert(onsets, place, beat), np.insert(music, place, hits, axis=0), vocab)
+    header = replace(piece.header, parts=(*parts, Part(DRUMS, "Drums")))
+    return piece._replace(header=header, rows=rows, density=piece.density + loop.density)
+
+# %% ../nbs/10_learner.ipynb #ec48c831
 @dataclass(frozen=True)
 class Augment:
     "How often each change is made, as probabilities; all zero changes nothing."
@@ -77,7 +105,7 @@ class Augment:
     def __call__(
         self, piece: Piece, rng: np.random.Generator, grooves: dict, vocab: Vocab
     ) -> Piece:
-        "The piece as it will be read this time; `grooves` are drum pieces by metre."
+        "The piece as it will be read this time; `grooves` are loops by metre."
         if rng.random() < self.orchestrate:
             piece = _reorchestrated(piece, rng)
         fitting = grooves.get(piece.header.metre, ())
@@ -87,7 +115,8 @@ class Augment:
             and not any(p.is_drums for p in piece.header.parts)
         ):
             piece = _grooved(piece, fitting[rng.integers(len(fitting))], vocab)
-        rows, by = piece.rows.copy(), int(rng.integers(-self.jitter, self.jitter + 1))
+        if not (by := int(rng.integers(-self.jitter, self.jitter + 1))): return piece
+        rows = piece.rows.copy()
         loud = rows[:, VELOCITY] > 0
         rows[loud, VELOCITY] = np.clip(
             rows[loud, VELOCITY].astype(int) + by, 1, vocab.sizes[VELOCITY] - 1
@@ -98,60 +127,65 @@ NOTHING = Augment(0, 0, 0, 0)
 
 # %% ../nbs/10_learner.ipynb #55021760
 EXCERPT = 1024  # rows of one piece that are read in one go
+_tables = lru_cache(8)(Tables)
 
 def prepare(
-    piece: Piece, vocab: Vocab, sources: tuple[str, ...], rng=None, forget: float = 0.0
+    piece: Piece,
+    vocab: Vocab,
+    sources: tuple[str, ...],
+    rng: np.random.Generator | None = None,  # None: the whole piece, everything told
+    forget: float = 0.0,       # the chance that a control is left untold
 ) -> Ids:
-    "The ids of a whole piece at home. With a generator, a control is left untold with probability `forget`."
-    piece = at_home(piece)
+    "The ids of a piece at home, or with a generator, of an excerpt of `EXCERPT` rows at most."
+    piece, start, stop = at_home(piece), 0, None
     source = 1 + sources.index(piece.dataset) if piece.dataset in sources else 0
     told = controls(piece.header.bpm, piece.header.metre, piece.key, piece.density, source)
     if rng is not None:
         told = told * (rng.random(len(told)) >= forget)
-    return Tables(vocab).number(look(piece, vocab, told))
+        start = int(rng.integers(max(1, len(piece.rows) + 2 - EXCERPT)))
+        stop = start + EXCERPT
+    return _tables(vocab).number(look(piece, vocab, told, start=start, stop=stop))
 
 def cut(ids: Ids, start: int, length: int) -> Ids:
     "`length` steps of a piece from `start` on, fewer at its end."
     return Ids(*(a[start : start + length] for a in ids))
 
-# %% ../nbs/10_learner.ipynb #1549d31f
+# %% ../nbs/10_learner.ipynb #810ff186
 class Streams:
-    "Endless batches of `size` streams and `length` steps from pieces drawn by `rng`."
+    "Endless batches of `size` streams and `length` steps."
 
     def __init__(
         self,
-        pieces: list[Piece],
+        pieces: Sequence[Piece],
         config: MusicLSTMConfig,
         size: int,
         length: int,
-        rng: np.random.Generator,
         change: Augment = NOTHING,
     ):
         self.pieces, self.config, self.size, self.length = pieces, config, size, length
-        self.rng, self.change = rng, change
-        self.grooves: dict[tuple, list] = {}
+        self.change, self.grooves = change, {}
+        rows: dict[str, int] = {}
         for p in pieces:
-            if all(part.is_drums for part in p.header.parts):
-                self.grooves.setdefault(p.header.metre, []).append(p)
-        notes: dict[str, int] = {}
-        for p in pieces:
-            notes[p.dataset] = notes.get(p.dataset, 0) + min(len(p.rows), EXCERPT)
-        chances = np.array([notes[p.dataset] ** -0.5 for p in pieces])
-        self.chances = chances / chances.sum()
+            rows[p.dataset] = rows.get(p.dataset, 0) + min(len(p.rows), EXCERPT)
+            if change.groove and all(part.is_drums for part in p.header.parts):
+                loop = _as_loop(p, config.vocab)
+                self.grooves.setdefault(p.header.metre, []).append(loop)
+        chances = np.cumsum([rows[p.dataset] ** -0.5 for p in pieces])
+        self.chances = chances / chances[-1]   # up to 1
 
-    def _next(self) -> Ids:
-        piece = self.pieces[self.rng.choice(len(self.pieces), p=self.chances)]
-        piece = self.change(piece, self.rng, self.grooves, self.config.vocab)
-        ids = prepare(piece, self.config.vocab, self.config.sources, self.rng, self.change.forget)
-        return cut(ids, int(self.rng.integers(max(1, len(ids.target) - EXCERPT + 1))), EXCERPT)
+    def _next(self, rng: np.random.Generator) -> Ids:
+        piece = self.pieces[int(np.searchsorted(self.chances, rng.random(), side="right"))]
+        piece = self.change(piece, rng, self.grooves, self.config.vocab)
+        return prepare(piece, self.config.vocab, self.config.sources, rng, self.change.forget)
 
-    def __iter__(self) -> Iterator[Batch]:
-        playing = [(self._next(), 0) for _ in range(self.size)]
+    def play(self, rng: np.random.Generator) -> Iterator[Batch]:
+        "The batches that `rng` draws."
+        playing = [(self._next(rng), 0) for _ in range(self.size)]
         while True:
             windows, fresh = [], []
             for k, (ids, at) in enumerate(playing):
                 if at >= len(ids.target):
-                    ids, at = self._next(), 0
+                    ids, at = self._next(rng), 0
                 windows.append(cut(ids, at, self.length))
                 fresh.append(at == 0)
                 playing[k] = ids, at + self.length
@@ -300,13 +334,14 @@ def fit(
         )
     optimizer = torch.optim.AdamW(model.parameters(), plan.lr, weight_decay=plan.decay)
     history, best = _resume(checkpoint, model, optimizer, plan)
+    streams = Streams(train, model.config, plan.batch, plan.length, plan.augment)
     say = _announce(plan, name)
     for number in range(len(history), plan.rounds):
         if _stale(history) >= plan.patience:
             break
         torch.manual_seed(plan.seed * 1_000_003 + number)
         rng = np.random.default_rng([plan.seed, number])
-        feed = iter(Streams(train, model.config, plan.batch, plan.length, rng, plan.augment))
+        feed = streams.play(rng)
         loss = _round(model, optimizer, feed, plan, number, say)
         held = loss_on(model, valid)
         history.append(

@@ -28,6 +28,10 @@ from musicgen.score import (
     make_score,
     on_grid,
     velocity_of,
+    _fields,
+    _in_order,
+    _notes,
+    _on_grid,
     _resolved,
     _sorted,
 )
@@ -73,10 +77,15 @@ class Vocab:
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocab":
-        "The vocabulary of a file; refuses one whose hash is not its own."
-        found = json.loads(Path(path).read_text())
-        stated = found.pop("hash", None)
-        vocab = cls(**found)
+        "The vocabulary of a file; refuses what is none, and one whose hash is not its own."
+        try:
+            found = json.loads(Path(path).read_text())
+            stated = found.pop("hash", None)
+            vocab = cls(**found)
+            if not all(type(v) is int and 0 < v < 256 for v in found.values()): raise TypeError
+        except (ValueError, TypeError, AttributeError):
+            what = "a grid, a longest, max_parts and a version, each from 1 to 255"
+            raise Refusal(f"{path} holds no vocabulary: {what}") from None
         if stated != vocab.hash:
             raise Refusal(f"{path} says vocabulary {stated}, its numbers make {vocab.hash}")
         return vocab
@@ -87,16 +96,16 @@ SHIFT = 0  # the first column of a row; the others keep the columns of a score
 
 # %% ../nbs/07_tokens.ipynb #24db4935
 def _tied(notes: np.ndarray, longest: int) -> np.ndarray:
-    "Notes in links of at most `longest` steps; VELOCITY is a level, and 0 for all links but the first."
-    links = -(-notes[:, DURATION] // longest)
-    rows = np.repeat(notes, links, axis=0)
-    place = np.arange(len(rows)) - np.repeat(
-        np.cumsum(links) - links, links
-    )  # 0, 1, 2 within a note
-    rows[:, ONSET] += place * longest
-    rows[:, DURATION] = np.minimum(rows[:, DURATION] - place * longest, longest)
-    rows[:, VELOCITY] = np.where(place == 0, level_of(rows[:, VELOCITY]), 0)
-    return _sorted(rows)
+    "Links of at most `longest` steps, int64 (5, n); VELOCITY is a level, and 0 for all links but the first."
+    notes[VELOCITY] = level_of(notes[VELOCITY])
+    if notes[DURATION].max(initial=0) <= longest: return notes
+    links = -(-notes[DURATION] // longest)
+    rows = np.repeat(notes, links, axis=1)
+    place = np.arange(rows.shape[1]) - np.repeat(np.cumsum(links) - links, links)  # 0, 1, 2 within a note
+    rows[ONSET] += place * longest
+    rows[DURATION] = np.minimum(rows[DURATION] - place * longest, longest)
+    rows[VELOCITY][place > 0] = 0
+    return _in_order(rows)
 
 # %% ../nbs/07_tokens.ipynb #92cffcd2
 def encode(
@@ -108,13 +117,14 @@ def encode(
         raise Refusal(
             f"the piece has {len(score.parts)} parts, above the limit of {vocab.max_parts}"
         )
-    rows = _tied(on_grid(score, vocab.grid).notes, vocab.longest).astype(np.int64)
-    shifts = np.diff(rows[:, ONSET], prepend=0)
-    rests = np.maximum(0, -(-shifts // vocab.longest) - 1)
-    rows[:, SHIFT] = shifts - rests * vocab.longest
-    out = np.zeros((len(rows) + rests.sum(), len(FIELDS)), np.uint8)
+    rows = _tied(_on_grid(score, vocab.grid), vocab.longest)
+    rows[SHIFT, 1:] -= rows[ONSET, :-1].copy()  # onsets become shifts
+    if rows[SHIFT].max(initial=0) <= vocab.longest: return rows.T.astype(np.uint8, order="C")
+    rests = np.maximum(0, -(-rows[SHIFT] // vocab.longest) - 1)
+    rows[SHIFT] -= rests * vocab.longest
+    out = np.zeros((rows.shape[1] + rests.sum(), len(FIELDS)), np.uint8)
     out[:, SHIFT] = vocab.rest
-    out[np.arange(len(rows)) + np.cumsum(rests)] = rows
+    out[np.arange(rows.shape[1]) + np.cumsum(rests)] = rows.T
     return out
 
 # %% ../nbs/07_tokens.ipynb #5acb8324
@@ -160,7 +170,7 @@ def decode(
     if len(notes):
         notes = _untied(_once(notes))
     notes[:, VELOCITY] = velocity_of(np.minimum(notes[:, VELOCITY], vocab.sizes[VELOCITY] - 1))
-    return replace(on_grid(header.header, vocab.grid), notes=_resolved(notes))
+    return replace(on_grid(header.header, vocab.grid), notes=_notes(_resolved(_fields(notes))))
 
 # %% ../nbs/07_tokens.ipynb #967d2922
 def _once(notes: np.ndarray) -> np.ndarray:

@@ -17,7 +17,8 @@ def repo() -> Path:
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
     "No setting of the person who runs the tests leaks into them."
-    ours = [n for n in os.environ if n.startswith("MUSICGEN_") and n != "MUSICGEN_BROWSER_REQUIRED"]
+    kept = ("MUSICGEN_BROWSER_REQUIRED", "MUSICGEN_SHARED")
+    ours = [n for n in os.environ if n.startswith("MUSICGEN_") and n not in kept]
     for name in ours: monkeypatch.delenv(name)
     monkeypatch.delenv("IN_TEST", raising=False)
 

@@ -160,6 +160,25 @@ def test_prose_comments_and_outputs_do_not_count(done):
     assert done.ran() == []
 
 
+def test_a_folder_that_a_stage_read_is_watched(little, tmp_path):
+    "A stage may name folders outside the root, with their marks: it is stale when one has changed."
+    from musicgen.core import folder_mark
+    folder, marks = tmp_path / "my music", little.folder / "data/marks.json"
+    folder.mkdir()
+    (folder / "a.mid").write_bytes(b"1")
+    little.write("01_first", FIRST + "\n(here / 'out/marks.json').write_text(Path('data/marks.json').read_text())",
+                 'root:str = ""\nmidi:str = ""\ntimes:int = 1')
+    little.stages["first"]["outputs"].append("out/marks.json")
+    little.stages["first"]["watches"] = "out/marks.json"
+    for change in (lambda: None, lambda: (folder / "b.mid").write_bytes(b"2"), lambda: (folder / "b.mid").unlink()):
+        change()
+        assert f"stale: {folder} changed" in little.run("--list") or not marks.exists()
+        marks.write_text(json.dumps({str(folder): folder_mark(folder)}))
+        assert "first" in little.ran() and little.ran() == []
+    little.stages["first"]["watches"] = "out/third.txt"
+    assert "which it does not make" in little.refusal()
+
+
 def test_a_named_stage_runs_with_what_it_needs_and_no_more(little):
     assert little.ran("second") == ["first", "second"]
     assert little.ran("first") == []

@@ -16,7 +16,8 @@ import run_pipeline  # noqa: E402
 REPO = run_pipeline.HERE
 NOTEBOOKS = sorted((REPO / "nbs").glob("*.ipynb"))
 ROOMS = {p.stem[3:]: int(p.stem[:2]) for p in NOTEBOOKS}  # module -> number
-SHEET = yaml.safe_load((REPO / "pipeline.yaml").read_text())["stages"]
+SHEET = {name: stage for sheet in ("pipeline.yaml", "bench.yaml")
+         for name, stage in yaml.safe_load((REPO / sheet).read_text())["stages"].items()}
 LIMIT = 200_000  # bytes of stored outputs in one notebook
 
 
@@ -175,8 +176,7 @@ def test_the_settings_file_holds_the_built_in_values():
 
 def test_a_stage_runs_without_its_lessons(repo, tmp_path):
     "What a run keeps of a notebook names nothing that only a lesson defines."
-    sheet = yaml.safe_load((repo / "pipeline.yaml").read_text())
-    for name, stage in sheet["stages"].items():
+    for name, stage in SHEET.items():
         cells = [c.source for c in run_pipeline.job(repo / stage["notebook"]).cells if c.cell_type == "code"]
         (tmp_path / f"{name}.py").write_text("here = display = None\n" + "\n".join(cells))
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", str(tmp_path)]
