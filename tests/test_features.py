@@ -33,12 +33,12 @@ def tune(seed: int, notes: int = 40):
 
 def write_scan(root: Layout, count: int, folder: str = "mine"):
     "So many tunes and a scan that accepts them, without the work of a scan."
-    lines = ["path,verdict,sha256,split,licence,seconds"]
+    lines = ["path,verdict,reason,sha256,split,licence,seconds"]
     for k in range(count):
         path, data = f"{folder}/{k:05d}.mid", write_midi(tune(k))
         write_atomic(root.raw / path, data)
         split = "valid" if k % 10 == 3 else "test" if k % 10 == 7 else "train"
-        lines.append(f"{path},ok,{hashlib.sha256(data).hexdigest()},{split},not stated,9.5")
+        lines.append(f"{path},ok,,{hashlib.sha256(data).hexdigest()},{split},not stated,9.5")
     write_atomic(root.scan, "\n".join(lines) + "\n")
 
 
@@ -164,8 +164,8 @@ def test_a_file_that_changed_is_named_by_a_process(scanned, monkeypatch):
 def test_a_piece_that_cannot_be_encoded_is_named(root):
     data = write_midi(make_score([(k, k, 60, 480, 90) for k in range(33)], [0] * 33))
     write_atomic(root.raw / "mine/many.mid", data)
-    write_atomic(root.scan, "path,verdict,sha256,split,licence,seconds\n"
-                 f"mine/many.mid,ok,{hashlib.sha256(data).hexdigest()},train,x,1\n")
+    write_atomic(root.scan, "path,verdict,reason,sha256,split,licence,seconds\n"
+                 f"mine/many.mid,ok,,{hashlib.sha256(data).hexdigest()},train,x,1\n")
     assert "mine/many.mid: the piece has 33 parts" in refusal_of(write_features, root)
 
 
@@ -268,11 +268,11 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     for count in (200, 1_600):
         root = Layout(tmp_path / str(count))
         write_atomic(root.raw / "mine/0.mid", data)
-        lines = ["path,verdict,sha256,split,licence,seconds"]
+        lines = ["path,verdict,reason,sha256,split,licence,seconds"]
         digest = hashlib.sha256(data).hexdigest()
         for k in range(count):
             if k: os.link(root.raw / "mine/0.mid", root.raw / f"mine/{k}.mid")
-            lines.append(f"mine/{k}.mid,ok,{digest},{'train' if k % 10 == 0 else 'test'},x,1")
+            lines.append(f"mine/{k}.mid,ok,,{digest},{'train' if k % 10 == 0 else 'test'},x,1")
         write_atomic(root.scan, "\n".join(lines) + "\n")
         said, wrong = start(PEAK, root.root).communicate(timeout=120)
         peaks.append(int(said.split()[-1]) / 1024)

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from musicgen.core import Layout, Refusal
 from musicgen.generate import Request, generate, open_studio, regenerate, verify
+from musicgen.midi import midi_shape
 from musicgen.score import (DRUMS, DURATION, GM, ONSET, PART, PITCH, TICKS, VELOCITY, Part, Score,
-                            lint, make_score, midi_shape, on_grid, read_midi, write_midi, _channels)
+                            lint, make_score, on_grid, read_midi, write_midi, _channels)
 from musicgen.tokens import FIELDS, Vocab, decode, encode
 
 

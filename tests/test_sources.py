@@ -26,7 +26,9 @@ from pathlib import Path
 
 import pytest
 
-from musicgen import ingest as room
+from musicgen import archives
+from musicgen import fetch as room
+from musicgen.archives import unpack
 from musicgen.core import Layout, Refusal, folder_mark, write_atomic
 from musicgen.ingest import Source, download, ingest, read_sources
 from musicgen.score import make_score, write_midi
@@ -378,7 +380,7 @@ def test_a_full_disk_and_a_kill_keep_what_came(site, tmp_path):
 
 def test_progress_tells_bytes_and_time(site, tmp_path, monkeypatch, capsys):
     site.manners["/x"] = lambda s: s.file(BIG * 20)
-    monkeypatch.setattr(room._Progress.__init__, "__defaults__", ("", 1, 0))
+    monkeypatch.setattr(room.Progress.__init__, "__defaults__", ("", 1, 0))
     fetch(site, tmp_path / "x")
     assert re.search(r"ingest: mine \d/4 MB, \d+ s left", capsys.readouterr().out)
 
@@ -565,13 +567,13 @@ def tree(folder: Path) -> dict:
 def test_an_archive_that_means_harm(tmp_path, monkeypatch, name):
     "Refused with the name of the member, and the world outside its folder is as it was."
     make, why = HOSTILE[name]
-    monkeypatch.setattr(room, "MAX_MEMBERS", 3000)
+    monkeypatch.setattr(archives, "MAX_MEMBERS", 3000)
     archive, external = tmp_path / "in" / name, tmp_path / "root/data/external"
     archive.parent.mkdir(), external.mkdir(parents=True)
     archive.write_bytes(make())
     monkeypatch.chdir(archive.parent)
     before, evil = tree(tmp_path), set(Path("/tmp").glob("evil*"))
-    says = refusal_of(room._unpack, archive, external / "mine")
+    says = refusal_of(unpack, archive, external / "mine")
     after = tree(tmp_path)
     assert why in says and name.split("/")[-1] in says, says
     if why not in (BAD,) and "all locked" not in name: assert "its member '" in says
@@ -638,16 +640,16 @@ def test_a_zip_of_the_large_form(root, tmp_path):
 
 def test_7z_without_its_library(root, tmp_path, monkeypatch):
     (tmp_path / "x.7z").write_bytes(sevened({"a.mid": A}))
-    monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None)
-    assert "pip install py7zr" in refusal_of(room._unpack, tmp_path / "x.7z", tmp_path / "out")
+    monkeypatch.setattr(archives.importlib.util, "find_spec", lambda name: None)
+    assert "pip install py7zr" in refusal_of(unpack, tmp_path / "x.7z", tmp_path / "out")
 
 
 @posix
 def test_a_full_disk_while_it_unpacks(tmp_path):
     (tmp_path / "x.zip").write_bytes(zipped({"a.mid": BIG, "b.mid": A}))
-    code = ("import resource, signal, sys\nfrom pathlib import Path\nfrom musicgen.ingest import Refusal, _unpack\n"
+    code = ("import resource, signal, sys\nfrom pathlib import Path\nfrom musicgen.archives import Refusal, unpack\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (50_000, -1))\n"
-            "try: _unpack(Path(sys.argv[1]), Path(sys.argv[2]))\nexcept Refusal as e: print(e.sentence)")
+            "try: unpack(Path(sys.argv[1]), Path(sys.argv[2]))\nexcept Refusal as e: print(e.sentence)")
     words = [sys.executable, "-c", code, tmp_path / "x.zip", tmp_path / "out"]
     said = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert "its member 'a.mid' cannot be written" in said.stdout, said
