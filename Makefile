@@ -60,7 +60,7 @@ fe: .venv/run-ready
 	@$(VENV) run_pipeline.py features
 
 bench: .venv/bench-ready
-	@$(VENV) run_pipeline.py ingest
+	@$(VENV) run_pipeline.py features
 	@rm -f artifacts/bench/speed.json
 	@$(VENV) run_pipeline.py --config bench.yaml
 

@@ -46,7 +46,9 @@ def _leads_outside(member: str) -> bool:
     parts = PurePosixPath(member.replace("\\", "/"))
     return parts.is_absolute() or ".." in parts.parts or ":" in member[:2] or "\0" in member
 
-def is_archive(name: str) -> bool: return name.casefold().endswith(ARCHIVES)
+def is_archive(name: str) -> bool:
+    "Whether a file is an archive by its name."
+    return name.casefold().endswith(ARCHIVES)
 
 def is_music(name: str) -> bool:
     "Whether a file is taken by its name; `._x.mid` is what a Mac adds, and no music."
