@@ -654,6 +654,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'musicgen.speed._ReadAside.__init__': ('speed.html#_readaside.__init__', 'musicgen/speed.py'),
                                 'musicgen.speed._ReadAside._read': ('speed.html#_readaside._read', 'musicgen/speed.py'),
                                 'musicgen.speed._all_of': ('speed.html#_all_of', 'musicgen/speed.py'),
+                                'musicgen.speed._batch_figures': ('speed.html#_batch_figures', 'musicgen/speed.py'),
+                                'musicgen.speed._grid_figures': ('speed.html#_grid_figures', 'musicgen/speed.py'),
                                 'musicgen.speed._growth': ('speed.html#_growth', 'musicgen/speed.py'),
                                 'musicgen.speed._growth_figures': ('speed.html#_growth_figures', 'musicgen/speed.py'),
                                 'musicgen.speed._held': ('speed.html#_held', 'musicgen/speed.py'),

@@ -209,7 +209,8 @@ def _carried(function: Callable, jobs: Iterator, workers: int, backend: str) -> 
     "The work of `in_processes`, by joblib. Backends that cannot stream are given blocks of jobs."
     from joblib import Parallel, delayed
     if backend in ("loky", "threading"):
-        pool = Parallel(workers, backend=backend, return_as="generator", pre_dispatch="4*n_jobs")
+        idle = dict(idle_worker_timeout=5) if backend == "loky" else {}   # seconds; it waits for them at its end
+        pool = Parallel(workers, backend=backend, return_as="generator", pre_dispatch="4*n_jobs", **idle)
         yield from pool(delayed(function)(job) for job in jobs)
         return
     with Parallel(workers, backend=backend) as pool:

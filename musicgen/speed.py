@@ -21,7 +21,7 @@ from typing import Callable, Iterable, NamedTuple
 import numpy as np
 
 from .core import Layout, Refusal, open_root, write_atomic
-from .score import DURATION, ONSET, Score, read_midi, transpose, write_midi
+from .score import DURATION, ONSET, Score, grid_loss, read_midi, transpose, write_midi
 from .tokens import Vocab, encode
 
 # %% ../nbs/81_speed.ipynb #8cb8da0a
@@ -145,6 +145,43 @@ def _race_files(files: list[bytes], rounds: int = 3) -> list[Figure]:
     ways = dict(ours=lambda data: write_midi(read_midi(data)), mido=by_mido, pretty_midi=by_pretty)
     laps = race({name: _all_of(way, files) for name, way in ways.items()}, rounds)
     return [Figure("read and write", laps[name] / laps["ours"], "x", "", name) for name in ("mido", "pretty_midi")]
+
+# %% ../nbs/81_speed.ipynb #4da7c6ba
+def _grid_figures(layout: Layout, most: int = 200) -> list[Figure]:
+    "By how much a grid of 24 moves the onsets of each data set, and what share of the notes it merges."
+    found = []
+    for folder in sorted(p for p in layout.raw.iterdir() if p.is_dir() and p.name[0] != "."):
+        paths = sorted(folder.rglob("*.mid"))
+        losses = [grid_loss(read_midi(path), 24) for path in paths[::-(-len(paths) // most)]]
+        moved, merged = (statistics.fmean(loss[k] for loss in losses) for k in ("median", "merged"))
+        beside = f"{folder.name}: {len(losses)} files; {merged:.2%} of the notes merge"
+        found.append(Figure("the grid moves an onset, median", moved, "ms", "", beside))
+    return found
+
+# %% ../nbs/81_speed.ipynb #89dd66d3
+def _batch_figures(layout: Layout, steps: int = 40) -> list[Figure]:
+    "What laying out a batch costs of a training step of size `small`, on one thread."
+    name = "laying out a batch"
+    if not layout.index.exists(): return [Figure(name, None, "", "<= 0.01", "this root has no features")]
+    import torch
+    from musicgen.features import Corpus
+    from musicgen.learner import Augment, Streams, _ahead, _one_thread
+    from musicgen.model import MusicLSTM, MusicLSTMConfig
+    corpus = Corpus(layout)
+    model = MusicLSTM(MusicLSTMConfig(vocab=corpus.vocab, sources=corpus.sources))
+    streams = Streams(corpus.pieces("train"), model.config, 16, 64, Augment())
+    def shares(feed, clock):
+        spent = np.zeros(2)
+        for step in range(steps + 4):
+            began = clock(); batch = next(feed)
+            laid = clock(); model(batch)[0].mean().backward(); model.zero_grad()
+            if step >= 4: spent += laid - began, clock() - began
+        return spent[0] / spent[1]
+    with _one_thread():
+        cpu = shares(streams.play(np.random.default_rng(0)), time.process_time)
+        wait = shares(_ahead(streams.play(np.random.default_rng(0))), time.perf_counter)
+    beside = "a training step: 256 units, 16 x 64 rows, one thread"
+    return [Figure(f"{name}, of the CPU time", cpu, "", "<= 0.01", beside), Figure(f"{name}, waited for", wait, "", "<= 0.01", beside)]
 
 # %% ../nbs/81_speed.ipynb #623ee2bb
 def grow(
@@ -276,6 +313,7 @@ def bench(layout: Layout, files: int, rounds: int, sizes: list[int], workers: in
     "All figures over the corpus of a root, written; and the rows of the corpus that grew."
     long = _long_files(layout, files)
     figures = _race_tokens(long, rounds) + _race_files(long[:max(1, files // 4)], max(1, rounds // 2))
+    figures += _grid_figures(layout) + _batch_figures(layout)
     rows = _growth(_some_pieces(layout), sizes, workers)
     figures += _growth_figures(rows)
     write_figures(layout, "speed", figures)
