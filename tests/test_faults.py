@@ -51,7 +51,12 @@ def write_tunes(folder, count: int):
 def start(code: str, *words) -> subprocess.Popen:
     "A Python process that does what the code says."
     return subprocess.Popen([sys.executable, "-c", code, *map(str, words)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear_interrupts)
+
+
+def hear_interrupts():
+    "A shell that runs us in the background has its children ignore Ctrl-C."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def kill(process: subprocess.Popen):
