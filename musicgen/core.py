@@ -7,13 +7,13 @@ __all__ = ['PATHS', 'SETTINGS', 'Refusal', 'find_root', 'Layout', 'write_atomic'
            'read_settings', 'in_processes', 'folder_mark']
 
 # %% ../nbs/00_core.ipynb #8c91e3ca
-import atexit
 import configparser
 import hashlib
 import os
 import tempfile
 from contextlib import contextmanager
 from itertools import chain, islice
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
@@ -135,7 +135,7 @@ def open_root(
         return Layout(root)
     place = sandbox()
     here = place.__enter__()
-    atexit.register(place.__exit__, None, None, None)
+    Finalize(None, place.__exit__, (None, None, None), exitpriority=1)   # at the end of this process, a worker's too
     return here
 
 # %% ../nbs/00_core.ipynb #aa05f043

@@ -55,7 +55,7 @@ class Figure(NamedTuple):
         "Whether the goal is met; None where there is no goal or no value."
         if not self.goal or self.value is None: return None
         sign, limit = self.goal.split()
-        return self.value >= float(limit) if sign == ">=" else self.value <= float(limit)
+        return bool(self.value >= float(limit) if sign == ">=" else self.value <= float(limit))
 
 # %% ../nbs/81_speed.ipynb #20260a87
 def table(figures: Iterable[Figure]) -> str:
@@ -69,7 +69,7 @@ def table(figures: Iterable[Figure]) -> str:
 
 def write_figures(layout: Layout, topic: str, figures: list[Figure]) -> Path:
     "The path of `artifacts/bench/<topic>.json`, now holding the figures."
-    rows = [f._asdict() | dict(holds=f.holds) for f in figures]
+    rows = [f._asdict() | dict(value=None if f.value is None else float(f.value), holds=f.holds) for f in figures]
     return write_atomic(layout.bench / f"{topic}.json", json.dumps(rows, indent=1))
 
 # %% ../nbs/81_speed.ipynb #ac6b6b33
@@ -176,7 +176,7 @@ def _batch_figures(layout: Layout, steps: int = 40) -> list[Figure]:
             began = clock(); batch = next(feed)
             laid = clock(); model(batch)[0].mean().backward(); model.zero_grad()
             if step >= 4: spent += laid - began, clock() - began
-        return spent[0] / spent[1]
+        return float(spent[0] / spent[1])
     with _one_thread():
         cpu = shares(streams.play(np.random.default_rng(0)), time.process_time)
         wait = shares(_ahead(streams.play(np.random.default_rng(0))), time.perf_counter)
