@@ -201,14 +201,15 @@ def _in_order(fields: np.ndarray) -> np.ndarray:
     if fields.shape[1] < 2: return fields
     top, who, high, long, loud = fields.max(axis=1).tolist()
     a, b = who.bit_length(), long.bit_length()
-    if max(high, loud) > 127 or fields.min() < 0 or top.bit_length() + a + b + 14 > 63:
-        onset, part, pitch, duration, velocity = fields
-        return fields[:, np.lexsort((-velocity, -duration, pitch, part, onset))]
+    wide = max(high, loud) > 127 or top.bit_length() + a + b + 14 > 63
     key = fields[ONSET] << a
     for k, width, high in ((PART, 7, 0), (PITCH, b, 0), (DURATION, 7, long), (VELOCITY, 0, 127)):
         key |= high - fields[k] if high else fields[k]
         key <<= width
     key.sort()
+    if wide or key[0] < 0:   # a field below zero makes its key negative
+        onset, part, pitch, duration, velocity = fields
+        return fields[:, np.lexsort((-velocity, -duration, pitch, part, onset))]
     out = np.empty_like(fields)
     for k, width, high in ((VELOCITY, 7, 127), (DURATION, b, long), (PITCH, 7, 0), (PART, a, 0)):
         np.bitwise_and(key, (1 << width) - 1, out=out[k])
@@ -386,18 +387,20 @@ def velocity_of(level):
 def _steps(ticks: np.ndarray, grid: int, per_beat: int) -> np.ndarray:
     "Ticks to the nearest grid step, halves up, in whole numbers."
     twice = ticks * (2.0 * grid)   # whole numbers below 2^53, and far enough apart for their quotients to be exact
-    return np.floor((twice + per_beat) / (2 * per_beat)).astype(np.int64)
+    twice += per_beat
+    twice /= 2 * per_beat
+    return np.floor(twice).astype(np.int64)
 
 def _keys(fields: np.ndarray) -> np.ndarray:
     "Onset, part and pitch of each note as one number, by which notes can be ordered and found."
     return (fields[ONSET] << 16 | fields[PART]) << 7 | fields[PITCH]
 
-def _rooms(fields: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _rooms(fields: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "The notes by part, pitch and onset, as places; and from each but the last to the next of its part and pitch."
-    key = fields[PART] << 7 | fields[PITCH]
-    place = np.argsort(key.astype(np.uint16) if key.max() < 2**16 else key, kind="stable")
-    key, onset = key[place], fields[ONSET, place]
-    return place, np.where(key[1:] == key[:-1], onset[1:] - onset[:-1], np.iinfo(np.int64).max)
+    who = key.astype(np.uint16) if fields[PART].max() < 512 else key & (2**23 - 1)   # part and pitch, without the onset
+    place = who.argsort(kind="stable")
+    who, onset = who[place], fields[ONSET, place]
+    return place, np.where(who[1:] == who[:-1], onset[1:] - onset[:-1], np.iinfo(np.int64).max)
 
 def _resolved(fields: np.ndarray) -> np.ndarray:
     "One note a part, pitch and onset (the longest), each ending where the next of its pitch begins; int64 (5, n)."
@@ -406,8 +409,9 @@ def _resolved(fields: np.ndarray) -> np.ndarray:
     if (key[1:] <= key[:-1]).any():
         fields = _in_order(fields)
         key = _keys(fields)
-        if len(again := np.flatnonzero(key[1:] == key[:-1])): fields = np.delete(fields, again + 1, axis=1)
-    place, room = _rooms(fields)
+        if len(again := np.flatnonzero(key[1:] == key[:-1])):
+            fields, key = np.delete(fields, again + 1, axis=1), np.delete(key, again + 1)
+    place, room = _rooms(fields, key)
     tight = np.flatnonzero(room < fields[DURATION, place[:-1]])
     fields[DURATION, place[tight]] = room[tight]
     return fields
