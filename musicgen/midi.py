@@ -327,7 +327,7 @@ _MEMORY = 2**28  # bytes of a track times the instruments in it: the parser keep
 def mend(
     data: bytes,  # of a file, sound or not
 ) -> tuple[bytes, list[str]]:
-    "Bytes that no parser can stumble over, the same object where nothing had to change; and what was mended."
+    "Bytes that no parser can stumble over, and what was mended: nothing, if and only if they are the same object."
     kind, announced, division, at = _head(data)
     spans, film = _tracks(data, at, announced), division > 2**15
     runs = None if kind == 2 and len(spans) > 1 else _Runs(data)
@@ -352,7 +352,10 @@ def mend(
     ends = [at + 8, *[end + 8 for _, end in spans]]
     whole = at == 14 and data[:8] == b"MThd\0\0\0\6" and ends[-1] == len(data) + 8
     whole = whole and ends[:-1] == [begin for begin, _ in spans] and all(t.at == t.end for t in tracks)
-    if whole and not said and kind < 2 and not any(t.out for t in tracks): return data, []
+    rewritten = any(t.out for t in tracks)
+    if whole and not said and kind < 2 and not rewritten: return data, []
+    if not said: said.append("other bytes around the music" if not whole else "words or numbers written in an unusual way"
+                             if rewritten else "type 2, read as 1")
     return _file([t.body for t in tracks], division), said
 
 # %% ../nbs/01_midi.ipynb #4ab7ae94

@@ -14,8 +14,8 @@ import musicgen.features as features
 from musicgen.core import Layout, Refusal, write_atomic
 from musicgen.features import Corpus, make_piece, write_corpus, write_features
 from musicgen.originality import OriginalityIndex
-from musicgen.preprocess import preprocess
-from musicgen.score import make_score, read_midi, write_midi
+from musicgen.preprocess import preprocess, scan_rows
+from musicgen.score import Part, make_score, read_midi, write_midi
 from musicgen.tokens import Vocab
 
 posix = pytest.mark.skipif(os.name != "posix", reason="a limit or signal of POSIX")
@@ -258,6 +258,19 @@ PEAK = ("import re, sys\nfrom pathlib import Path\nfrom musicgen.core import Lay
         "from musicgen.features import write_features\n"
         "write_features(Layout(sys.argv[1]), workers=1)\n"
         "print(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])")
+
+
+def test_odd_files_are_read_as_they_were_scanned(root):
+    "A wrapped file, one with a name in an old alphabet and one with a tail: what the scan mended, features mend again."
+    data = write_midi(make_score([(480 * k, 0, 60 + k % 7, 480, 90) for k in range(20)], [Part(40, "Fur Elise")]))
+    odd = dict(rmi=b"RIFF\0\0\0\0RMIDdata\0\0\0\0" + data, latin=data.replace(b"Fur", b"F\xfcr"), tail=data + b"junk",
+               loud=data.replace(b"\x3c\x5a", b"\x3c\xda", 1), sound=data)
+    for k, (name, content) in enumerate(odd.items()):   # for another instrument each, or they were one piece
+        write_atomic(root.raw / f"mine/{name}.mid", content.replace(bytes((0xC0, 40)), bytes((0xC0, 30 + k))))
+    preprocess(root, workers=1, min_pieces=1)
+    reasons = {row["path"]: row["reason"] for row in scan_rows(root) if row["verdict"] == "ok"}
+    assert [path for path, reason in reasons.items() if not reason.startswith("mended: ")] == ["mine/sound.mid"]
+    assert write_features(root, workers=1)[0]["pieces"] == len(reasons) == 5
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads a peak of Linux")
