@@ -1,6 +1,6 @@
 # Every target builds what it needs. All paths are relative, so a clone may lie in a folder with spaces.
 .DEFAULT_GOAL := help
-.PHONY: help run play check bench ingest preprocess fe tune train evaluate test clean
+.PHONY: help run play check bench records ingest preprocess fe tune train evaluate test clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 SHELL := /bin/sh
@@ -18,6 +18,7 @@ help:
 	@echo "make run     the whole pipeline: a trained model, a report, MIDI files"
 	@echo "make check   every test"
 	@echo "make bench   our speed beside peers and limits, over the corpus in data/raw (half an hour)"
+	@echo "make records the published tables, by the same network (hours; can be stopped and called again)"
 	@echo "make ingest | preprocess | fe | tune | train | evaluate | test    one stage, and what it needs"
 	@echo "make clean   remove what the pipeline made (.venv stays)"
 
@@ -63,6 +64,9 @@ bench: .venv/bench-ready
 	@$(VENV) run_pipeline.py features
 	@rm -f artifacts/bench/speed.json
 	@$(VENV) run_pipeline.py --config bench.yaml
+
+records: .venv/run-ready
+	@$(VENV) run_pipeline.py --config records.yaml
 
 # pytest comes last, so that its closing line is the last one; a failing notebook fails the check too
 check: .venv/check-ready

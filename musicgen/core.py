@@ -58,6 +58,7 @@ PATHS = dict(
     model_originality="artifacts/models/originality.npz",
     train="artifacts/train",
     history="artifacts/train/history.csv",
+    events="artifacts/train/events",
     last="artifacts/train/last.pt",
     reports="artifacts/reports",
     samples="artifacts/reports/samples",

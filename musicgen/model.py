@@ -96,18 +96,18 @@ class Tower(nn.Module):
         self.lstms = nn.ModuleList(nn.LSTM(hidden, hidden, batch_first=True) for _ in range(layers))
         self.dropout = dropout
 
-    def forward(self, x: Tensor, state):  # x (B, T, H); state: (h, c) a layer, or None
+    def forward(self, x: Tensor, state, rng=None):  # x (B, T, H); state: (h, c) a layer, or None
         after = []
         for k, lstm in enumerate(self.lstms):
-            h, new = lstm(self._locked(x), state[k] if state else None)
+            h, new = lstm(self._locked(x, rng), state[k] if state else None)
             x = x + h if k else h  # the first is not residual: its input is a table
             after.append(new)
-        return self._locked(x), after
+        return self._locked(x, rng), after
 
-    def _locked(self, x: Tensor) -> Tensor:
+    def _locked(self, x: Tensor, rng=None) -> Tensor:
         if not self.training or not self.dropout:
             return x
-        keep = torch.rand(x.shape[0], 1, x.shape[2], device=x.device) >= self.dropout
+        keep = torch.rand(x.shape[0], 1, x.shape[2], generator=rng, device=x.device) >= self.dropout
         return x * keep / (1 - self.dropout)
 
 # %% ../nbs/16_model.ipynb #83c8bc7e
@@ -171,13 +171,13 @@ class MusicLSTM(nn.Module):
                 with torch.no_grad():
                     bag.weight[0] = 0
 
-    def hidden(self, batch: Batch, state=None):
+    def hidden(self, batch: Batch, state=None, rng=None):
         "(B, T, H) hidden states, and the state to carry on with."
         B, T, K = batch.seen.shape
         x = self.seen(batch.seen.view(B * T, K)).view(B, T, -1) + self.hears(batch.held.float())
         if state is not None:
             state = [tuple(s * ~batch.fresh[None, :, None] for s in pair) for pair in state]
-        return self.tower(x, state)
+        return self.tower(x, state, rng)
 
     def scores(self, h: Tensor, batch: Batch) -> dict[str, Tensor]:
         "Scores (N, V) of each field of N rows, those of the part over the ensemble; rows are flattened."
@@ -197,9 +197,11 @@ class MusicLSTM(nn.Module):
         found["part"] = found["part"].masked_fill(batch.away.flatten(0, 1), -1e9)
         return found
 
-    def forward(self, batch: Batch, state=None) -> tuple[Tensor, list]:
-        "(N, 5) negative log-likelihoods in nats, 0 where there is nothing to choose, and the state."
-        h, state = self.hidden(batch, state)
+    def forward(self, batch: Batch, state=None, rng=None) -> tuple[Tensor, list]:
+        """(N, 5) negative log-likelihoods in nats, 0 where there is nothing to choose, and the state.
+
+        `rng` is the torch.Generator that draws dropout; None: torch's own."""
+        h, state = self.hidden(batch, state, rng)
         scores, target = self.scores(h, batch), batch.target.flatten(0, 1)
         nats = [
             F.cross_entropy(scores[f].float(), target[:, k], ignore_index=-1, reduction="none")

@@ -165,11 +165,12 @@ def _batch_figures(layout: Layout, steps: int = 40) -> list[Figure]:
     if not layout.index.exists(): return [Figure(name, None, "", "<= 0.01", "this root has no features")]
     import torch
     from musicgen.features import Corpus
-    from musicgen.learner import Augment, Streams, _ahead, _one_thread
+    from musicgen.learner import Augment, Repertoire, _ahead, _one_thread, play
     from musicgen.model import MusicLSTM, MusicLSTMConfig
     corpus = Corpus(layout)
     model = MusicLSTM(MusicLSTMConfig(vocab=corpus.vocab, sources=corpus.sources))
-    streams = Streams(corpus.pieces("train"), model.config, 16, 64, Augment())
+    draw = Repertoire(corpus.pieces("train"), model.config, Augment())
+    batches = lambda: play(draw, 16, 64, np.random.default_rng(0))
     def shares(feed, clock):
         spent = np.zeros(2)
         for step in range(steps + 4):
@@ -178,8 +179,8 @@ def _batch_figures(layout: Layout, steps: int = 40) -> list[Figure]:
             if step >= 4: spent += laid - began, clock() - began
         return float(spent[0] / spent[1])
     with _one_thread():
-        cpu = shares(streams.play(np.random.default_rng(0)), time.process_time)
-        wait = shares(_ahead(streams.play(np.random.default_rng(0))), time.perf_counter)
+        cpu = shares(batches(), time.process_time)
+        wait = shares(_ahead(batches()), time.perf_counter)
     beside = "a training step: 256 units, 16 x 64 rows, one thread"
     return [Figure(f"{name}, of the CPU time", cpu, "", "<= 0.01", beside), Figure(f"{name}, waited for", wait, "", "<= 0.01", beside)]
 

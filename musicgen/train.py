@@ -17,8 +17,8 @@ import torch
 from . import __version__
 from .core import Layout, Refusal, open_root, write_atomic
 from .features import Corpus
-from .learner import Augment, Plan, fit
-from .model import MusicLSTM, MusicLSTMConfig, save_model
+from .learner import Augment, Plan, Repertoire, fit, judge_on
+from .model import MusicLSTM, MusicLSTMConfig, load_model, save_model
 from .tune import read_best, tune
 
 # %% ../nbs/19_train.ipynb #6bac4730
@@ -100,8 +100,10 @@ def train(
           f"batch {plan.batch} x {plan.length}, learning rate {plan.lr:g}", flush=True)
     _claim(layout, corpus)
     layout.history.unlink(missing_ok=True)
-    history = fit(model, corpus.pieces("train"), corpus.pieces("valid"), plan, layout.last,
-                  after=lambda number, history: _write_history(layout, history))
+    history = fit(model, Repertoire(corpus.pieces("train"), model.config, plan.augment),
+                  judge_on(corpus.pieces("valid")), plan, layout.last,
+                  after=lambda number, history: _write_history(layout, history),
+                  events=layout.events)
     write_atomic(layout.model_originality, layout.originality.read_bytes())
     save_model(model, layout.model, provenance(corpus, plan, history, best))
     _write_history(layout, history)

@@ -18,7 +18,7 @@ import torch
 
 from .core import Layout, Refusal, open_root, write_atomic
 from .features import Corpus
-from .learner import Plan, fit
+from .learner import Augment, Plan, Repertoire, fit, judge_on
 from .model import MusicLSTM, MusicLSTMConfig
 from .sight import Piece
 
@@ -66,8 +66,8 @@ def _trial(trial, grid: dict, corpus: Corpus, judges: list[Piece], shape: MusicL
                                                            for name, value in point.items())
     print(f"tune: trial {number}/{len(_points(grid))}: {words}", flush=True)
     torch.manual_seed(seed)
-    try: history = fit(MusicLSTM(shape), corpus.pieces("train"), judges,
-                       plan_of(point, notes, seed), name="tune")
+    try: history = fit(MusicLSTM(shape), Repertoire(corpus.pieces("train"), shape, Augment()),
+                       judge_on(judges), plan_of(point, notes, seed), name="tune")
     except Refusal as e:
         if "loss became" not in e.sentence: raise
         raise optuna.TrialPruned(e.sentence) from None
