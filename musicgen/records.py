@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from .core import Layout, Refusal, open_root, write_atomic
-from .learner import Plan, _crew, _one_thread, cut, fit
+from .learner import Plan, _crew, _one_thread, fit
 from .model import Batch, MusicLSTM, MusicLSTMConfig, collate
+from .repertoire import cut
 from .score import PITCHES
 from .sight import BEATS, NOBODY, NO_PITCH, Ids, Tables
 from .tokens import FIELDS, SHIFT, Vocab

@@ -165,7 +165,8 @@ def _batch_figures(layout: Layout, steps: int = 40) -> list[Figure]:
     if not layout.index.exists(): return [Figure(name, None, "", "<= 0.01", "this root has no features")]
     import torch
     from musicgen.features import Corpus
-    from musicgen.learner import Augment, Repertoire, _ahead, _one_thread, play
+    from musicgen.learner import _one_thread
+    from musicgen.repertoire import Augment, Repertoire, _ahead, play
     from musicgen.model import MusicLSTM, MusicLSTMConfig
     corpus = Corpus(layout)
     model = MusicLSTM(MusicLSTMConfig(vocab=corpus.vocab, sources=corpus.sources))
