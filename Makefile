@@ -1,6 +1,6 @@
 # Every target builds what it needs. All paths are relative, so a clone may lie in a folder with spaces.
 .DEFAULT_GOAL := help
-.PHONY: help run play check bench records ingest preprocess fe tune train evaluate test clean
+.PHONY: help run play check bench records ablations ship ingest preprocess fe tune train evaluate test clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 SHELL := /bin/sh
@@ -19,6 +19,8 @@ help:
 	@echo "make check   every test"
 	@echo "make bench   our speed beside peers and limits, over the corpus in data/raw (half an hour)"
 	@echo "make records the published tables, by the same network (hours; can be stopped and called again)"
+	@echo "make ablations  what each part of the model is worth (half an hour)"
+	@echo "make ship    trains the model that comes with the package (hours; downloads Groove and POP909)"
 	@echo "make ingest | preprocess | fe | tune | train | evaluate | test    one stage, and what it needs"
 	@echo "make clean   remove what the pipeline made (.venv stays)"
 
@@ -67,6 +69,16 @@ bench: .venv/bench-ready
 
 records: .venv/run-ready
 	@$(VENV) run_pipeline.py --config records.yaml
+
+ablations: .venv/run-ready
+	@$(VENV) run_pipeline.py features
+	@$(VENV) run_pipeline.py --config ablations.yaml
+
+# the model that ships: trained under ship/ from ship.yaml, and packed into the package when it has passed its gates
+ship: .venv/run-ready
+	@$(VENV) run_pipeline.py --config ship.yaml --root ship
+	@mkdir -p musicgen/assets
+	@cp ship/artifacts/models/music_lstm.safetensors ship/artifacts/models/originality.npz ship/artifacts/models/README.md musicgen/assets/
 
 # pytest comes last, so that its closing line is the last one; a failing notebook fails the check too
 check: .venv/check-ready

@@ -8,6 +8,7 @@ __all__ = ['loss_on', 'losses_on', 'Plan', 'fit', 'judge_on']
 # %% ../nbs/18_learner.ipynb #3e7c48a2
 import io
 import math
+import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -141,6 +142,10 @@ class _Watch:
         if self.writer: self.writer.close()
 
 # %% ../nbs/18_learner.ipynb #2808f09d
+def _learning(model) -> list:
+    "The parameters that are not held fast."
+    return [p for p in model.parameters() if p.requires_grad]
+
 def _gradient(model, batch: Batch, state, rng, count: int, bf16: bool) -> tuple:
     "The share's part of the loss, its gradient, and the state to carry on with."
     with torch.autocast(batch.seen.device.type, torch.bfloat16, enabled=bf16):
@@ -149,8 +154,8 @@ def _gradient(model, batch: Batch, state, rng, count: int, bf16: bool) -> tuple:
     state = [tuple(s.detach() for s in pair) for pair in state]
     if not isinstance(model, MusicLSTM):   # torch's own wrapper for several machines, which hears only `backward`
         loss.backward()
-        return loss.detach(), [p.grad for p in model.parameters()], state
-    return loss.detach(), torch.autograd.grad(loss, list(model.parameters())), state
+        return loss.detach(), [p.grad for p in _learning(model)], state
+    return loss.detach(), torch.autograd.grad(loss, _learning(model)), state
 
 def _shares(batch: Batch, replicas: int) -> list[Batch]:
     return [Batch(*tensors) for tensors in zip(*(t.chunk(replicas) for t in batch))]
@@ -199,7 +204,7 @@ class _Run:
             return _gradient(self.wrapped, share.to(self.device), state, rng, scale, self.plan.bf16)
         self.optimizer.zero_grad(set_to_none=True)
         losses, grads, states = zip(*crew(learn, _shares(batch, self.replicas), states, rngs))
-        for p, *parts in zip(self.model.parameters(), *grads): p.grad = sum(parts[1:], parts[0])
+        for p, *parts in zip(_learning(self.model), *grads): p.grad = sum(parts[1:], parts[0])
         (loss,) = _summed(sum(x.item() for x in losses) / self.world, device=self.device)
         if math.isfinite(loss):
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip)
@@ -236,20 +241,29 @@ class _Run:
         return loss
 
     def keep(self, path: str | Path):
-        "Everything, in a file."
+        "Everything, in a file; where it finds no room, the one that was there stands."
         kept = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
                     average=self.average.state_dict(), plan=asdict(self.plan),
                     config=self.model.config.as_dict(), history=self.history, best=self.best)
-        write_atomic(path, lambda part: torch.save(kept, part))
+        torch.save(kept, packed := io.BytesIO())
+        try: write_atomic(path, packed.getvalue())
+        except OSError as e:
+            raise Refusal(f"the checkpoint {path} cannot be written ({e.strerror}); "
+                          "the last good one stands") from None
 
     def resume(self, path: str | Path):
-        "Goes on with the run of a file, if it is the same one."
-        kept = torch.load(path, map_location=self.device, weights_only=True)
-        if kept["plan"] != asdict(self.plan) or kept["config"] != self.model.config.as_dict(): return
-        self.model.load_state_dict(kept["model"])
-        self.optimizer.load_state_dict(kept["optimizer"])
-        self.average.load_state_dict(kept["average"])
-        self.history, self.best = kept["history"], kept["best"]
+        "Goes on with the run of a file, if it is the same one. Refuses what is no checkpoint."
+        try:
+            kept = torch.load(path, map_location=self.device, weights_only=True)
+            if kept["plan"] != asdict(self.plan) or kept["config"] != self.model.config.as_dict(): return
+            self.model.load_state_dict(kept["model"])
+            self.optimizer.load_state_dict(kept["optimizer"])
+            self.average.load_state_dict(kept["average"])
+            self.history, self.best = kept["history"], kept["best"]
+        except (RuntimeError, KeyError, TypeError, EOFError, ValueError, pickle.UnpicklingError) as e:
+            reason = (str(e) or type(e).__name__).splitlines()[0][:120]
+            raise Refusal(f"{path} is no checkpoint that can be read ({reason}); "
+                          "remove it to begin anew") from None
 
 # %% ../nbs/18_learner.ipynb #1bc38235
 def _stale(history: list[dict]) -> int:

@@ -71,12 +71,16 @@ def density(score: Score) -> float:
 _DIATONIC = np.array([np.roll([1, 0, 1, 0, 1, 1, 0, 1, 0, 1, 0, 1], tonic) for tonic in range(12)])
 
 def _entropy(classes: np.ndarray) -> float:
-    "Bits of the distribution of the twelve pitch classes (Wu & Yang 2020, over the whole piece)."
+    """Bits of the distribution of the twelve pitch classes, as in muspy; 0 for silence, muspy: NaN.
+
+    Wu & Yang (2020) take it bar by bar; here and in muspy it is that of the whole piece."""
     shares = classes[classes > 0] / max(classes.sum(), 1)
     return float(abs(shares @ np.log2(shares)))
 
 def _scale_consistency(classes: np.ndarray) -> float:
-    "The largest share of notes in one major (so in one natural minor) scale (Mogren 2016; muspy)."
+    """The largest share of notes in one major (so in one natural minor) scale; 0 for silence.
+
+    Mogren (2016), and muspy, which says NaN for silence."""
     return float((_DIATONIC @ classes).max() / max(classes.sum(), 1))
 
 # %% ../nbs/04_metrics.ipynb #82a2f39c
@@ -90,14 +94,18 @@ def _covered(onsets: np.ndarray, ends: np.ndarray, voices: np.ndarray) -> int:
     return int(np.maximum(ends - np.maximum(onsets, before), 0).sum())
 
 def _polyphony(notes: np.ndarray) -> float:
-    "Different pitches sounding at once, on average over the time when any does (muspy)."
+    """Different pitches sounding at once, on average over the time when any does; 0 for silence.
+
+    As in muspy, which says NaN for silence: two parts in unison count once."""
     onsets = notes[:, ONSET].astype(np.int64)
     ends = onsets + notes[:, DURATION]
     return _covered(onsets, ends, notes[:, PITCH]) / max(_covered(onsets, ends, 0 * onsets), 1)
 
 # %% ../nbs/04_metrics.ipynb #50aa7004
 def _empty_beats(score: Score) -> float:
-    "The share of beats, up to the end of the music, without sound; 1 for silence (muspy)."
+    """The share of beats, up to the end of the music, without sound; 1 for silence.
+
+    Unlike muspy's, where a note that ends on a beat fills that beat too: here it is over by then."""
     beats = -(-score.end // score.ticks)
     first = score.notes[:, ONSET] // score.ticks
     last = (score.notes[:, ONSET].astype(np.int64) + score.notes[:, DURATION] - 1) // score.ticks
@@ -117,7 +125,8 @@ def _bars(score: Score) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _groove_consistency(score: Score) -> float:
     """One minus the share of 64ths of a bar in which neighbouring bars differ; 0 for silence.
 
-    Wu & Yang's (2020) groove similarity, over neighbours as in muspy; one bar is its own."""
+    Wu & Yang's (2020) groove similarity, over neighbours as in muspy; one bar is its own. Unlike
+    muspy's it follows changes of metre, and no empty bar is added to music that ends on a bar line."""
     bar, offset, lengths = _bars(score)
     if len(lengths) < 2: return float(len(score.notes) > 0)
     groove = np.zeros((len(lengths), _SLOTS), bool)
@@ -170,13 +179,21 @@ def _curve(values: np.ndarray, points: np.ndarray, least: float) -> np.ndarray:
     curve = np.exp(-0.5 * ((points[:, None] - values) / width) ** 2).sum(1)
     return curve / curve.sum()
 
+def _curves(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "The densities of two sets of values at the same points; one point when all are equal."
+    low, high = min(a.min(), b.min()), max(a.max(), b.max())
+    if high == low: return np.ones(1), np.ones(1)
+    points = np.linspace(1.5 * low - 0.5 * high, 1.5 * high - 0.5 * low, 400)
+    return tuple(_curve(values, points, (high - low) / 100) for values in (a, b))
+
 def _overlap(a: np.ndarray, b: np.ndarray) -> float:
     "The area that two distributions share (Yang & Lerch 2020), 0 to 1."
-    low, high = min(a.min(), b.min()), max(a.max(), b.max())
-    if high == low: return 1.0
-    points = np.linspace(1.5 * low - 0.5 * high, 1.5 * high - 0.5 * low, 400)
-    one, other = (_curve(values, points, (high - low) / 100) for values in (a, b))
-    return float(np.minimum(one, other).sum())
+    return float(np.minimum(*_curves(a, b)).sum())
+
+def _divergence(a: np.ndarray, b: np.ndarray) -> float:
+    "Nats by which the distribution of `a` diverges from that of `b`; at least 0, at most 12.9."
+    p, q = (0.999 * curve + 0.001 / len(curve) for curve in _curves(a, b))
+    return max(0.0, float(p @ np.log(p / q)))
 
 # %% ../nbs/04_metrics.ipynb #e2d31936
 def compare(
@@ -184,7 +201,9 @@ def compare(
     real: list[dict],                      # `measures` of real pieces
     yardstick: list[dict] | None = None,   # `measures` of other real pieces
 ) -> list[dict]:
-    "One row a measure: unit, both medians, their overlap (and `real_overlap`, with the yardstick)."
+    """One row a measure: unit, both medians, `overlap`, and `kl`, nats of ours against real.
+
+    With the yardstick also `real_overlap` and `real_kl`, of the yardstick against the real ones."""
     for name, pieces in (("generated", ours), ("real", real)):
         if not pieces: raise Refusal(f"a comparison has 0 {name} pieces; it needs at least 1")
     values = lambda pieces, name: np.array([piece[name] for piece in pieces], float)
@@ -192,7 +211,9 @@ def compare(
     for name, (unit, _) in MEASURES.items():
         a, b = values(ours, name), values(real, name)
         row = dict(measure=name, unit=unit, ours=float(np.median(a)), real=float(np.median(b)),
-                   overlap=_overlap(a, b))
-        if yardstick: row["real_overlap"] = _overlap(b, values(yardstick, name))
+                   overlap=_overlap(a, b), kl=_divergence(a, b))
+        if yardstick:
+            other = values(yardstick, name)
+            row |= dict(real_overlap=_overlap(other, b), real_kl=_divergence(other, b))
         rows.append(row)
     return rows

@@ -215,10 +215,12 @@ def save_model(
     path: str | Path,  # the `.pt`; the `.safetensors` lies beside it
     provenance: dict | None = None,  # plain values: data, settings, losses
 ) -> str:
-    "The model's hash, both files being written. The safetensors come last and say the same."
+    """The model's hash, both files being written. The safetensors come last and say the same.
+
+    Numbers are rounded to fp16, which halves the files; they are computed with as fp32."""
     from safetensors.numpy import save
 
-    weights = {k: v.detach().cpu().float().contiguous() for k, v in model.state_dict().items()}
+    weights = {k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}
     plain = {k: v.numpy() for k, v in weights.items()}
     about = dict(config=model.config.as_dict(), provenance=provenance or {}, hash=model_hash(plain))
     buffer = io.BytesIO()
@@ -230,14 +232,24 @@ def save_model(
     return about["hash"]
 
 # %% ../nbs/16_model.ipynb #b9f56e7c
+def _from_safetensors(path: str | Path) -> dict:
+    "What stands in a `.safetensors` of ours, its weights among it."
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(str(path), framework="pt") as f:
+            about = json.loads((f.metadata() or {}).get("musicgen", "{}"))
+            return about | dict(weights={name: f.get_tensor(name) for name in f.keys()})
+    except SafetensorError as e: raise ValueError(str(e)) from None
+
 def load_model(
-    path: str | Path,  # a `.pt` that `save_model` wrote
+    path: str | Path,  # a `.pt` or a `.safetensors` that `save_model` wrote
 ) -> tuple[MusicLSTM, dict]:
     "The model, ready to evaluate, and its provenance. Refuses what is missing, damaged or not a model."
     if not Path(path).exists():
         raise Refusal(f"there is no model at {path}; run the train stage first")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        if Path(path).suffix == ".safetensors": found = _from_safetensors(path)
+        else: found = torch.load(path, map_location="cpu", weights_only=True)
         model = MusicLSTM(MusicLSTMConfig.from_dict(found["config"]))
         model.load_state_dict(found["weights"])
     except (

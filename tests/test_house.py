@@ -16,7 +16,7 @@ import run_pipeline  # noqa: E402
 REPO = run_pipeline.HERE
 NOTEBOOKS = sorted((REPO / "nbs").glob("*.ipynb"))
 ROOMS = {p.stem[3:]: int(p.stem[:2]) for p in NOTEBOOKS}  # module -> number
-SHEET = {name: stage for sheet in ("pipeline.yaml", "bench.yaml")
+SHEET = {name: stage for sheet in ("pipeline.yaml", "bench.yaml", "records.yaml", "ablations.yaml")
          for name, stage in yaml.safe_load((REPO / sheet).read_text())["stages"].items()}
 LIMIT = 200_000  # bytes of stored outputs in one notebook
 
@@ -112,6 +112,18 @@ def test_the_sheet_fits_the_notebooks():
     assert [s.name for s in stages] == names
     assert [s.notebook.stem[3:] for s in stages] == names
     assert [s.notebook for s in stages] == sorted(s.notebook for s in stages)
+
+
+@pytest.mark.parametrize("sheet", ["ship.yaml", "finetune.yaml", "bench.yaml", "records.yaml", "ablations.yaml"])
+def test_every_sheet_is_in_order(sheet, tmp_path):
+    "The conductor accepts it: each notebook is there, each parameter has its value, nothing is stray."
+    done = subprocess.run([sys.executable, REPO / "run_pipeline.py", "--config", REPO / sheet, "--root", tmp_path, "--list"],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    if sheet not in ("ship.yaml", "finetune.yaml"): return
+    kin = [yaml.safe_load((REPO / name).read_text())["stages"] for name in ("pipeline.yaml", sheet)]
+    bare = lambda stages: [{k: v for k, v in s.items() if k not in ("parameters", "timeout")} for s in stages.values()]
+    assert bare(kin[0]) == bare(kin[1]), "the same stages, notebooks, inputs and outputs"
 
 
 @pytest.mark.parametrize("name", SHEET)

@@ -16,7 +16,7 @@ SMALL = dict(
     ingest=dict(workers=1), preprocess=dict(workers=1),
     tune=dict(learning_rates="0.004", batches="4,8", lengths="16", notes=400, judged=200, hidden=16),
     train=dict(notes=1500, rounds=2, hidden=24, head=16),
-    evaluate=dict(samples=2, bars=2),
+    evaluate=dict(samples=2, bars=2, requests=2),
     test=dict(samples=2, bars=2, gates=dict(parts_exact=1.0, bars_exact=1.0, tempo_exact=1.0, metre_exact=1.0, lint_free=1.0)))
 
 
