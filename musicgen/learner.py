@@ -109,11 +109,11 @@ class Plan:
 class _Watch:
     "Says how a run goes."
 
-    def __init__(self, plan: Plan, name: str, events: str | Path | None, done: int):
+    def __init__(self, plan: Plan, name: str, events: str | Path | None, done: int, quiet: bool = False):
         self.plan, self.name, self.done = plan, name, done   # steps that were there already
         self.began = self.told = time.monotonic()
-        self.writer = None
-        if events:
+        self.writer, self.quiet = None, quiet
+        if events and not quiet:
             from tensorboardX import SummaryWriter
             self.writer = SummaryWriter(str(events), purge_step=done or None)
 
@@ -123,7 +123,7 @@ class _Watch:
         if self.writer and done % 10 == 0:
             values = dict(loss=loss, learning_rate=plan.rate(done - 1), notes_per_second=speed)
             for tag, value in values.items(): self.writer.add_scalar(f"train/{tag}", value, done)
-        if now - self.told < 10: return
+        if now - self.told < 10 or self.quiet: return
         self.told = now
         left = (now - self.began) / (done - self.done) * (plan.rounds * plan.steps - done)
         print(f"{self.name}: round {number + 1}/{plan.rounds}, step {step + 1}/{plan.steps}, "
@@ -135,6 +135,7 @@ class _Watch:
         if self.writer:
             self.writer.add_scalar("valid/nats", line["valid"], line["step"])
             self.writer.flush()
+        if self.quiet: return
         print(f"{self.name}: round {line['round']}/{self.plan.rounds} done, train {line['train']:.3f}, "
               f"validation {line['valid']:.3f} nats", flush=True)
 
@@ -172,6 +173,12 @@ def _summed(*values: float, device) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(total)
     return total.tolist()
+
+def _told(what, world: int):
+    "What the first process has, in all of them."
+    if world == 1: return what
+    torch.distributed.broadcast_object_list(found := [what])
+    return found[0]
 
 # %% ../nbs/18_learner.ipynb #7d547af6
 def _towards(stays: float) -> Callable:
@@ -252,9 +259,12 @@ class _Run:
                           "the last good one stands") from None
 
     def resume(self, path: str | Path):
-        "Goes on with the run of a file, if it is the same one. Refuses what is no checkpoint."
+        "Goes on with the run of a file, if it is there and the same one. Refuses what is no checkpoint."
+        there = self.rank == 0 and Path(path).exists()   # the others may have another disk
+        if not _summed(there, device=self.device)[0]: return
         try:
-            kept = torch.load(path, map_location=self.device, weights_only=True)
+            kept = torch.load(path, map_location=self.device, weights_only=True) if there else None
+            kept = _told(kept, self.world)
             if kept["plan"] != asdict(self.plan) or kept["config"] != self.model.config.as_dict(): return
             self.model.load_state_dict(kept["model"])
             self.optimizer.load_state_dict(kept["optimizer"])
@@ -285,8 +295,8 @@ def fit(
 ) -> list[dict]:
     "The history, one line a round; the model holds the averaged weights of its best round."
     run = _Run(model, plan)
-    if checkpoint and Path(checkpoint).exists(): run.resume(checkpoint)
-    watch = _Watch(plan, name, events if run.rank == 0 else None, len(run.history) * plan.steps)
+    if checkpoint: run.resume(checkpoint)
+    watch = _Watch(plan, name, events, len(run.history) * plan.steps, quiet=run.rank > 0)
     for number in range(len(run.history), plan.rounds):
         if _stale(run.history) >= plan.patience: break
         rng = np.random.default_rng([plan.seed, number, run.rank])
