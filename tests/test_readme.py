@@ -17,7 +17,7 @@ import pytest
 from musicgen.core import Layout
 from musicgen.score import read_midi
 
-PLAIN = ("make ", "python3 -m venv", ".venv/bin/", "jupyter lab", "voila ", "uvicorn ", "python run_pipeline.py --midi")
+PLAIN = ("make ", "python3 -m venv", ".venv/bin/", "jupyter lab", "voila ", "uvicorn ", "python run_pipeline.py --")
 "Lines that the other tests or CI run: installing, the whole pipeline, the servers that stay."
 
 
