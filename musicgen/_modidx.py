@@ -638,6 +638,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'musicgen.repertoire._ahead': ('repertoire.html#_ahead', 'musicgen/repertoire.py'),
                                      'musicgen.repertoire._as_loop': ('repertoire.html#_as_loop', 'musicgen/repertoire.py'),
                                      'musicgen.repertoire._grooved': ('repertoire.html#_grooved', 'musicgen/repertoire.py'),
+                                     'musicgen.repertoire._hurried': ('repertoire.html#_hurried', 'musicgen/repertoire.py'),
                                      'musicgen.repertoire._pitched': ('repertoire.html#_pitched', 'musicgen/repertoire.py'),
                                      'musicgen.repertoire._reorchestrated': ('repertoire.html#_reorchestrated', 'musicgen/repertoire.py'),
                                      'musicgen.repertoire._spaced': ('repertoire.html#_spaced', 'musicgen/repertoire.py'),

@@ -88,6 +88,13 @@ def _grooved(piece: Piece, loop: _Loop, vocab: Vocab) -> Piece:
     return piece._replace(header=header, rows=rows, density=piece.density + loop.density)
 
 # %% ../nbs/17_repertoire.ipynb #ec48c831
+def _hurried(piece: Piece, factor: float) -> Piece:
+    "The piece at another tempo: its rows stay, what is told of it changes."
+    tempos = piece.header.tempos.copy()
+    tempos[:, 1] = np.maximum(np.rint(tempos[:, 1] / factor), 1)
+    return piece._replace(header=replace(piece.header, tempos=tempos))
+
+# %% ../nbs/17_repertoire.ipynb #6517919e
 @dataclass(frozen=True)
 class Augment:
     "How often each change is made, as probabilities; all zero changes nothing."
@@ -96,6 +103,7 @@ class Augment:
     groove: float = 0.4  # over drums, where there are none
     jitter: int = 0            # levels of loudness, up or down
     forget: float = 0.1  # each control not told
+    tempo: float = 0.1         # octaves, faster or slower at most: 7 %
 
     def __call__(
         self, piece: Piece, rng: np.random.Generator, grooves: dict, vocab: Vocab
@@ -110,6 +118,7 @@ class Augment:
             and not any(p.is_drums for p in piece.header.parts)
         ):
             piece = _grooved(piece, fitting[rng.integers(len(fitting))], vocab)
+        if self.tempo: piece = _hurried(piece, 2 ** rng.uniform(-self.tempo, self.tempo))
         if not (by := int(rng.integers(-self.jitter, self.jitter + 1))): return piece
         rows = piece.rows.copy()
         loud = rows[:, VELOCITY] > 0
@@ -118,7 +127,7 @@ class Augment:
         )
         return piece._replace(rows=rows)
 
-NOTHING = Augment(0, 0, 0, 0)
+NOTHING = Augment(0, 0, 0, 0, 0)
 
 # %% ../nbs/17_repertoire.ipynb #55021760
 EXCERPT = 1024  # rows of one piece that are read in one go
