@@ -18,7 +18,7 @@ from fastapi.testclient import TestClient
 
 from musicgen.cli import main
 from musicgen.core import Layout, Refusal
-from musicgen.generate import Request, generate, instruments, open_studio, regenerate, verify
+from musicgen.generate import SHIPPED, Request, generate, instruments, open_studio, regenerate, verify
 from musicgen.panel import Panel
 from musicgen.score import read_midi
 from musicgen.serve import make_app
@@ -134,11 +134,18 @@ def address(house):
     thread.join(30)
 
 
-def test_panel_refuses_with_the_same_sentence(house, tmp_path):
+@pytest.fixture
+def nobody_plays(monkeypatch):
+    "The settings name a model that is not there, so that the one that ships does not step in."
+    monkeypatch.setenv("MUSICGEN_PATHS_MODEL", "nowhere.safetensors")
+
+
+def test_panel_refuses_with_the_same_sentence(house, tmp_path, monkeypatch):
     with pytest.raises(Refusal) as refused: Request(instruments=["Flute"] * 17)
     desk = Panel(house)
     assert played(desk, dict(instruments=["Flute"] * 17)) == []
     assert refused.value.sentence.lower() in html.unescape(desk.message.value).lower()
+    monkeypatch.setenv("MUSICGEN_PATHS_MODEL", "nowhere.safetensors")
     empty = Panel(Layout(tmp_path))
     assert played(empty, dict(bars=1, instruments=["Flute"])) == []
     assert "no model at" in html.unescape(empty.message.value)
@@ -208,13 +215,23 @@ def test_rest_refuses_what_is_no_request(api):
         assert 5 < len(answer.json()["detail"]) < 400 and "\n" not in answer.json()["detail"]
 
 
-def test_no_model_is_the_fault_of_the_service(tmp_path):
+def test_no_model_is_the_fault_of_the_service(tmp_path, nobody_plays):
     done = shell("generate", "--root", tmp_path, "-o", tmp_path / "out.mid")
     assert done.returncode == 3 and "there is no model" in done.stderr
     assert done.stderr.count("\n") == 1 and done.stdout == "" and not os.listdir(tmp_path)
 
 
-def test_no_model_is_503(tmp_path):
+def test_the_model_that_ships_plays_where_nothing_was_trained(tmp_path):
+    "An empty root: the shell makes music all the same, and the file can be made again."
+    out = tmp_path / "out.mid"
+    done = shell("generate", "--root", tmp_path, "--instruments", "Violin,Cello", "--bars", "4",
+                 "--seed", "7", "-o", out)
+    assert done.returncode == 0, done.stderr
+    assert verify(out.read_bytes(), open_studio(Layout(tmp_path)))["verdict"] == "ours, untouched"
+    assert SHIPPED.stat().st_size <= 16e6 and (SHIPPED.parent / "README.md").exists()
+
+
+def test_no_model_is_503(tmp_path, nobody_plays):
     with TestClient(make_app(Layout(tmp_path))) as api:
         answer = api.post("/generate", json=dict(bars=1))
         assert answer.status_code == 503 and "there is no model" in answer.text
