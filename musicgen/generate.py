@@ -344,7 +344,11 @@ def _usual_density(programs: list[int]) -> float:
     return 1.3 + 0.7 * (len(programs) - drums) + 3 * drums
 
 # %% ../nbs/22_generate.ipynb #ad421e4c
-MOST_HELD = 10         # pitches that one part may hold at once: the fingers of two hands
+MOST_HELD = np.full(NOBODY, 10)   # pitches that a part of each program may hold at once: two hands,
+MOST_HELD[24:32] = 6              # the strings of a guitar,
+MOST_HELD[32:40] = 1              # a bass line,
+MOST_HELD[40:44] = 4              # the strings of a violin, viola, cello, contrabass,
+MOST_HELD[56:61] = MOST_HELD[64:80] = 1   # one breath
 LONGEST_SILENCE = 2    # bars after which a part gets its turn
 DRUM_RANGE = (35, 81)  # the percussion key map of General MIDI
 BUSY_BAR = 48          # rows a part in one bar, on average, after which the bar is full
@@ -366,7 +370,7 @@ class _Band:
             range(len(request.programs)), key=lambda k: request.programs[k] == DRUMS
         )
         programs = [request.programs[k] for k in self.order]  # as in training: the drums come last
-        self.who = ensemble(tuple(Part(p) for p in programs))
+        self.who, self.most = ensemble(tuple(Part(p) for p in programs)), MOST_HELD[programs]
         low, high = np.array([DRUM_RANGE if p == DRUMS else RANGES[p] for p in programs]).T[
             :, :, None
         ]
@@ -414,15 +418,15 @@ class _Band:
     def free(self) -> np.ndarray:
         "bool (p, 128): what each part could begin at this step, its turn considered."
         sounding, (part, pitch) = self.ends > self.now, self.turn
-        can = self.range & ~sounding & (sounding.sum(1) < MOST_HELD)[:, None]
+        can = self.range & ~sounding & (sounding.sum(1) < self.most)[:, None]
         if part >= 0:
             can[:part], can[part, : pitch + 1] = False, False
         return can
 
     def ready(self) -> int:
         "Steps from now, at least 1, until some part has a finger free."
-        tenth = np.partition(self.ends, -MOST_HELD, axis=1)[:, -MOST_HELD]
-        return max(1, int(tenth.min()) - self.now)
+        last = np.sort(self.ends, axis=1)[np.arange(len(self.most)), -self.most]
+        return max(1, int(last.min()) - self.now)
 
     def finished(self) -> bool:
         "Whether the piece may end here."
@@ -452,10 +456,10 @@ def _may_play(band: _Band) -> np.ndarray:
     return can & (np.arange(len(can)) == due[0]) if len(due) else can
 
 def _may_last(band: _Band, part: int) -> np.ndarray:
-    "bool (V,): durations up to the last bar line; a tenth note is not held into the last bar."
+    "bool (V,): durations up to the last bar line; a part's last finger is not held into the last bar."
     d = np.arange(band.vocab.longest + 1)
-    tenth = band.now < band.last_bar and (band.ends[part] > band.now).sum() >= MOST_HELD - 1
-    return (d > 0) & (d <= (band.last_bar if tenth else band.total) - band.now)
+    last = band.now < band.last_bar and (band.ends[part] > band.now).sum() >= band.most[part] - 1
+    return (d > 0) & (d <= (band.last_bar if last else band.total) - band.now)
 
 # %% ../nbs/22_generate.ipynb #32efb615
 def _ending(scores: np.ndarray, bands: list) -> np.ndarray:
