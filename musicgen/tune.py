@@ -157,8 +157,8 @@ def _bury(contest: _Contest, study):
     from optuna.trial import TrialState
     for dead in _trials(study, "RUNNING"):
         if _alive(path := _lock(contest, dead.number)): continue
-        study.tell(dead.number, state=TrialState.FAIL)
-        if dead.params: study.enqueue_trial(dead.params)
+        ended = study.tell(dead.number, state=TrialState.FAIL, skip_if_finished=True)   # or it has just come home
+        if ended.state == TrialState.FAIL and dead.params: study.enqueue_trial(dead.params)
         path.unlink(missing_ok=True)
 
 # %% ../nbs/19_tune.ipynb #6e2628d6
