@@ -2,6 +2,7 @@
 import base64
 import html
 import io
+import json
 import os
 import re
 import shutil
@@ -301,6 +302,15 @@ def test_importing_a_room_asks_nobody_and_opens_no_model(repo, house):
     done = subprocess.run([sys.executable, "-c", QUIET, *rooms], cwd=house.root, text=True,
                           capture_output=True, env=os.environ | dict(PYTHONPATH=str(repo)))
     assert done.stdout == "quiet\n", done.stdout + done.stderr
+
+
+def test_the_base_brings_what_the_dashboard_stands_on(repo):
+    "Voila and ipywidgets do not name a kernel; without one the page of a light environment is an error."
+    import tomllib
+    base = tomllib.loads((repo / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    names = {re.match(r"[\w-]+", line)[0] for line in base}
+    kernel = json.loads((repo / "dashboards/generate.ipynb").read_text("utf-8"))["metadata"]["kernelspec"]["name"]
+    assert kernel == "python3" and {"voila", "ipywidgets", "ipykernel"} <= names and "torch" not in names
 
 
 def test_the_wheel_is_the_base_and_plays_alone(repo, house, music, tmp_path):
