@@ -81,8 +81,8 @@ VARIANTS = {
     "dropout 0.3": (MusicLSTM, dict(dropout=0.3), {}),
     "one layer": (MusicLSTM, dict(layers=1), {}),
     "three layers": (MusicLSTM, dict(layers=3), {}),
-    "heads half as wide": (MusicLSTM, dict(head=0.5), {}),
-    "heads twice as wide": (MusicLSTM, dict(head=2), {}),
+    "heads half as wide": (MusicLSTM, dict(head=0.25), {}),
+    "heads twice as wide": (MusicLSTM, dict(head=1.0), {}),
     "layer norm": (_with_tower(_NormedTower), {}, {}),
     "no residual": (_with_tower(_PlainTower), {}, {}),
     "no intervals": (_NoIntervals, {}, {}),
@@ -95,8 +95,8 @@ VARIANTS = {
 def _variant(name: str, corpus: Corpus, hidden: int, plan: Plan) -> dict:
     "One line of the table."
     kind, shape, changes = VARIANTS[name]
-    shape = dict(hidden=hidden, head=hidden // 2) | shape
-    if shape["head"] < hidden // 4: shape["head"] = int(shape["head"] * hidden // 2)
+    shape = dict(hidden=hidden, head=0.5) | shape
+    shape["head"] = round(shape["head"] * hidden)
     config = MusicLSTMConfig(**shape, vocab=corpus.vocab, sources=corpus.sources)
     plan, began = replace(plan, **changes), time.process_time()
     torch.manual_seed(plan.seed)
@@ -116,16 +116,18 @@ def ablate(
     lr: float,
 ) -> list[dict]:
     "One line a variant, as it is done, best first; what is in `ablations.json` with these settings is not done again."
-    out = layout.root / "artifacts" / "bench" / "ablations.json"
+    out = layout.bench / "ablations.json"
     corpus, plan = Corpus(layout), Plan(lr=lr, batch=16, length=64, rounds=3, patience=9)
     plan = replace(plan, steps=max(1, notes // (3 * 16 * 64)), warmup=min(50, notes // 10240))
     settings = [corpus.hash, hidden, notes, lr]
     found = json.loads(out.read_text()) if out.exists() else {}
     lines = found.get("lines", []) if found.get("settings") == settings else []
     for name in [v.strip() for v in variants.split(";") if v.strip()] or VARIANTS:
-        if name not in VARIANTS: raise Refusal(f"there is no variant {name!r}; there are {'; '.join(VARIANTS)}")
+        if name not in VARIANTS:
+            raise Refusal(f"there is no variant {name!r}; there are {'; '.join(VARIANTS)}")
         if any(line["variant"] == name for line in lines): continue
         lines.append(_variant(name, corpus, hidden, plan))
         write_atomic(out, json.dumps(dict(settings=settings, lines=lines), indent=1))
     base = next((line["nats"] for line in lines if line["variant"] == "as it is"), np.nan)
-    return sorted([line | dict(worse_by=round(line["nats"] - base, 3)) for line in lines], key=lambda line: line["nats"])
+    lines = [line | dict(worse_by=round(line["nats"] - base, 3)) for line in lines]
+    return sorted(lines, key=lambda line: line["nats"])

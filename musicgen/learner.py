@@ -12,7 +12,7 @@ import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from .core import Refusal, write_atomic
-from .model import Batch, MusicLSTM, MusicLSTMConfig, collate
-from .repertoire import Augment, Repertoire, _ahead, cut, play, prepare
+from .model import Batch, MusicLSTM, collate
+from .repertoire import Augment, _ahead, cut, play, prepare
 from .sight import Ids, Piece
 from .tokens import FIELDS, SHIFT
 

@@ -8,10 +8,8 @@ __all__ = ['SETS', 'SPLITS', 'KEYS', 'LOWEST', 'PUBLISHED', 'AIMS', 'VOCAB', 'PI
 
 # %% ../nbs/80_records.ipynb #91d3ceba
 import json
-import math
 import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from .core import Layout, Refusal, open_root, write_atomic
+from .fetch import download, read_sources
+from .ingest import _ours
 from .learner import Plan, _crew, _one_thread, fit
 from .model import Batch, MusicLSTM, MusicLSTMConfig, collate
 from .repertoire import cut
@@ -33,13 +33,10 @@ KEYS, LOWEST = 88, 21   # of a piano; the pitch of its lowest key
 
 def find_set(layout: Layout, name: str) -> Path | None:
     "The file of a set: in `data/external/frames`, or fetched as `data/sources.yaml` says; None without either."
-    home = layout.external / "frames"
-    for path in (home / f"{name}.mat", home / f"{name}.npz"):
+    for path in (layout.frames / f"{name}.mat", layout.frames / f"{name}.npz"):
         if path.exists(): return path
-    from musicgen.fetch import download, read_sources
-    from musicgen.ingest import _ours
     known = [s for s in read_sources(_ours(layout, "sources")) if s.name == f"frames_{name}"]
-    try: return download(known[0], home / f"{name}.mat", tries=2) if known else None
+    try: return download(known[0], layout.frames / f"{name}.mat", tries=2) if known else None
     except Refusal as e: print(f"records: {e}", flush=True)
 
 def read_rolls(path: Path, split: str) -> list[np.ndarray]:
@@ -208,27 +205,43 @@ class Setting:
     decay: float = 0.01
     replicas: int = 1     # batches are small: two would be slower in all
 
+    def plan(self, seed: int) -> Plan:
+        "The plan of a run; none is stopped early."
+        return Plan(lr=self.lr, batch=self.batch, length=self.length, rounds=self.rounds, steps=self.steps,
+                    warmup=min(200, self.rounds * self.steps // 10), patience=self.rounds,
+                    decay=self.decay, average=self.average, replicas=self.replicas, seed=seed)
+
+    def model(self, seed: int) -> FrameLSTM:
+        "The model that a run begins with."
+        torch.manual_seed(seed)
+        return FrameLSTM(MusicLSTMConfig(self.hidden, 2, self.head, self.dropout, VOCAB))
+
+# %% ../nbs/80_records.ipynb #084c377b
+class _Clock:
+    "Minutes of the processor that the rounds of a run have taken; called after each."
+
+    def __init__(self, path: Path, checkpoint: Path, setting: Setting):
+        self.path, self.kept, self.since = path, dict(setting=asdict(setting), minutes=0.0), time.process_time()
+        if path.exists() and checkpoint.exists():
+            before = json.loads(path.read_text())
+            if before["setting"] == asdict(setting): self.kept = before
+
+    def __call__(self, number: int, history: list[dict]):
+        now = time.process_time()
+        self.kept["minutes"] += (now - self.since) / 60
+        self.since = now
+        write_atomic(self.path, json.dumps(self.kept))
+
 def _learn(layout: Layout, name: str, path: Path, setting: Setting, seed: int) -> dict:
     "One line of the table: a model of a set, from one seed."
-    home = layout.root / "artifacts" / "records"
-    plan = Plan(lr=setting.lr, batch=setting.batch, length=setting.length, rounds=setting.rounds, steps=setting.steps,
-                warmup=min(200, setting.rounds * setting.steps // 10), patience=setting.rounds, decay=setting.decay,
-                average=setting.average, replicas=setting.replicas, seed=seed)
-    torch.manual_seed(seed)
-    model = FrameLSTM(MusicLSTMConfig(setting.hidden, 2, setting.head, setting.dropout, VOCAB))
-    clock = home / f"{name}-{seed}.json"
-    spent = json.loads(clock.read_text()) if clock.exists() and (home / f"{name}-{seed}.pt").exists() else dict(minutes=0)
-    if spent.get("setting") != asdict(setting): spent = dict(setting=asdict(setting), minutes=0)
-    begun = [time.process_time()]
-    def count(number, history):
-        spent["minutes"] += (time.process_time() - begun[0]) / 60
-        begun[0] = time.process_time()
-        write_atomic(clock, json.dumps(spent))
+    checkpoint = layout.records / f"{name}-{seed}.pt"
+    clock, model = _Clock(checkpoint.with_suffix(".json"), checkpoint, setting), setting.model(seed)
     train, valid, test = (read_rolls(path, split) for split in ("train", "valid", "test"))
-    home.mkdir(parents=True, exist_ok=True)
-    history = fit(model, Rolls(train), frame_nats(valid), plan, home / f"{name}-{seed}.pt", name=f"{name}, seed {seed}", after=count)
-    return dict(set=name, seed=seed, parameters=sum(p.numel() for p in model.parameters()), minutes=round(spent["minutes"], 3),
-                valid=min(line["valid"] for line in history), test=round(frame_nats(test)(model), 4), setting=asdict(setting))
+    history = fit(model, Rolls(train), frame_nats(valid), setting.plan(seed), checkpoint,
+                  name=f"{name}, seed {seed}", after=clock)
+    return dict(set=name, seed=seed, parameters=sum(p.numel() for p in model.parameters()),
+                minutes=round(clock.kept["minutes"], 3), valid=min(line["valid"] for line in history),
+                test=round(frame_nats(test)(model), 4), setting=asdict(setting))
 
 # %% ../nbs/80_records.ipynb #80d7609a
 def _check(name: str, path: Path) -> dict[str, float]:
@@ -237,8 +250,8 @@ def _check(name: str, path: Path) -> dict[str, float]:
     for row, value in found.items():
         known = PUBLISHED[row][SETS.index(name)]
         if abs(value - known) > 0.05 + 0.005 * known:
-            raise Refusal(f"the {row} of {name} cost {value:.2f} nats per frame, and {known} are published: another set, "
-                          "or another way to count")
+            raise Refusal(f"the {row} of {name} cost {value:.2f} nats per frame, and {known} are published: "
+                          "another set, or another way to count")
     return found
 
 def records(
@@ -246,24 +259,33 @@ def records(
     sets: dict[str, dict],     # a name of `SETS`: the values of a `Setting` that differ from its defaults
     seeds: list[int],
 ) -> list[dict]:
-    "One line a set and seed; `artifacts/bench/records.json` is written after each. What is done is not done again."
-    out = layout.root / "artifacts" / "bench" / "records.json"
+    "One line a set and seed; `records.json` is written after each. What is done is not done again."
+    out = layout.bench / "records.json"
     rows = json.loads(out.read_text()) if out.exists() else []
-    unknown = set(sets) - set(SETS)
-    if unknown: raise Refusal(f"there is no set {sorted(unknown)[0]!r}; there are {', '.join(SETS)}")
-    for name, values in sets.items():
+    settings = {name: _setting(name, values) for name, values in sets.items()}
+    for name, setting in settings.items():
         if (path := find_set(layout, name)) is None:
-            print(f"records: {name} is not there: data/sources.yaml says where it is, data/external/frames is its place", flush=True)
+            print(f"records: {name} is not there: data/sources.yaml says where it is, "
+                  f"{layout.frames} is its place", flush=True)
             continue
-        setting, known = Setting(**values), _check(name, path)
+        known = _check(name, path)
         for seed in seeds:
-            done = [r for r in rows if (r["set"], r["seed"], r["setting"]) == (name, seed, asdict(setting))]
-            if done: continue
+            same = lambda row: (row["set"], row["seed"], row["setting"]) == (name, seed, asdict(setting))
+            if any(map(same, rows)): continue
             row = _learn(layout, name, path, setting, seed) | known
             rows = [r for r in rows if (r["set"], r["seed"]) != (name, seed)] + [row]
             write_atomic(out, json.dumps(rows, indent=1))
             print(f"records: {name}, seed {seed}: {row['test']:.2f} nats per frame", flush=True)
+    if sets and not rows: raise Refusal(f"none of the sets {', '.join(sets)} is in {layout.frames}")
     return rows
+
+def _setting(name: str, values: dict) -> Setting:
+    "The setting of a set. Refuses a set that is none, and a value that no setting has."
+    if name not in SETS: raise Refusal(f"there is no set {name!r}; there are {', '.join(SETS)}")
+    known = [f.name for f in fields(Setting)]
+    for value in values:
+        if value not in known: raise Refusal(f"{name} is given a {value!r}; a setting has {', '.join(known)}")
+    return Setting(**values)
 
 # %% ../nbs/80_records.ipynb #ade44be4
 def table(rows: list[dict]) -> list[dict]:
@@ -273,8 +295,9 @@ def table(rows: list[dict]) -> list[dict]:
         ours = [row for row in rows if row["set"] == name]
         if not ours: continue
         test = np.array([row["test"] for row in ours])
-        lines.append(dict(set=name, ours=round(float(test.mean()), 3), spread=round(float(np.ptp(test)), 3), seeds=len(ours),
-                          valid=round(float(np.mean([row["valid"] for row in ours])), 3), aim=AIMS[k],
+        valid = np.mean([row["valid"] for row in ours])
+        lines.append(dict(set=name, ours=round(float(test.mean()), 3), spread=round(float(np.ptp(test)), 3),
+                          seeds=len(ours), valid=round(float(valid), 3), aim=AIMS[k],
                           rnn_nade=PUBLISHED["rnn_nade"][k], markov=round(ours[0]["markov"], 2),
                           marginals=round(ours[0]["marginals"], 2), parameters=ours[0]["parameters"],
                           cpu_minutes=round(sum(row["minutes"] for row in ours), 1)))

@@ -8,7 +8,6 @@ __all__ = ['GENTLER', 'plan_for', 'provenance', 'find_model', 'descend', 'train'
 # %% ../nbs/20_train.ipynb #9a7eec4f
 import argparse
 import csv
-import importlib.resources
 import io
 import json
 import os
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 from . import __version__
-from .core import Layout, Refusal, open_root, write_atomic
+from .core import SHIPPED, Layout, Refusal, open_root, write_atomic
 from .features import Corpus
 from .learner import Plan, _world, fit, judge_on, loss_on
 from .model import MusicLSTM, MusicLSTMConfig, load_model, save_model
@@ -86,9 +85,7 @@ GENTLER = 0.2   # how fast a model learns that begins with another, against one 
 
 def find_model(layout: Layout, init_from: str) -> Path:
     "The file that a run begins with. \"shipped\" is the model in the package; a path is absolute, or relative to the root."
-    if init_from == "shipped":
-        return Path(str(importlib.resources.files("musicgen"))) / "assets" / "music_lstm.safetensors"
-    return layout.root / Path(init_from).expanduser()
+    return SHIPPED if init_from == "shipped" else layout.root / Path(init_from).expanduser()
 
 def _merged(shape: MusicLSTMConfig, sources: tuple[str, ...]) -> MusicLSTMConfig:
     "The shape with more sources; those it has keep their places."
