@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ONSET', 'PART', 'PITCH', 'DURATION', 'VELOCITY', 'PITCHES', 'PROGRAMS', 'DRUMS', 'DRUM_CHANNEL', 'MAX_SECONDS',
            'MAX_BEATS', 'MAX_FILE', 'FAMILIES', 'GM', 'RANGES', 'LEVEL', 'Part', 'Score', 'make_score', 'write_midi',
-           'read_midi', 'transpose', 'level_of', 'velocity_of', 'on_grid', 'grid_loss', 'lint']
+           'read_midi', 'transpose', 'level_of', 'velocity_of', 'retimed', 'on_grid', 'excerpt', 'grid_loss', 'lint']
 
 # %% ../nbs/02_score.ipynb #97a6c20e
 from dataclasses import dataclass, replace
@@ -417,29 +417,57 @@ def _resolved(fields: np.ndarray) -> np.ndarray:
     return fields
 
 # %% ../nbs/02_score.ipynb #f0269192
+def _timed(score: Score, steps: int) -> np.ndarray:
+    "The notes of a score in steps of a quarter note, as int64 (5, n); each lasts at least one."
+    fields = _fields(score.notes)
+    ends = _steps(fields[ONSET] + fields[DURATION], steps, score.ticks)
+    fields[ONSET] = _steps(fields[ONSET], steps, score.ticks)
+    np.maximum(ends - fields[ONSET], 1, out=fields[DURATION])
+    return fields
+
 def _on_grid(score: Score, grid: int) -> np.ndarray:
     "The notes of a score in grid steps, in order, as int64 (5, n); VELOCITY is the level of loudness."
-    fields = _fields(score.notes)
-    ends = _steps(fields[ONSET] + fields[DURATION], grid, score.ticks)
-    fields[ONSET] = _steps(fields[ONSET], grid, score.ticks)
-    np.maximum(ends - fields[ONSET], 1, out=fields[DURATION])
+    fields = _timed(score, grid)
     fields[VELOCITY] = level_of(fields[VELOCITY])
     return _resolved(fields)
+
+def retimed(
+    score: Score,
+    ticks: int,  # per quarter note
+) -> Score:
+    "The score at another number of ticks per quarter note; nothing overlaps itself."
+    maps = {}
+    for name in ("tempos", "metres", "keys"):
+        changes = getattr(score, name).copy()
+        changes[:, 0] = _steps(changes[:, 0], ticks, score.ticks)
+        maps[name] = _latest(changes)
+    texts = tuple((int(_steps(np.array(t), ticks, score.ticks)), words) for t, words in score.texts)
+    return replace(score, notes=_notes(_resolved(_timed(score, ticks))), ticks=ticks, texts=texts, **maps)
 
 def on_grid(
     score: Score,
     grid: int,  # steps per quarter note
 ) -> Score:
     "The score in grid steps: `ticks` is `grid`, velocities lie on their levels, nothing overlaps itself."
-    maps = {}
-    for name in ("tempos", "metres", "keys"):
-        changes = getattr(score, name).copy()
-        changes[:, 0] = _steps(changes[:, 0], grid, score.ticks)
-        maps[name] = _latest(changes)
-    texts = tuple((int(_steps(np.array(t), grid, score.ticks)), words) for t, words in score.texts)
     fields = _on_grid(score, grid)
     fields[VELOCITY] = velocity_of(fields[VELOCITY])
-    return replace(score, notes=_notes(fields), ticks=grid, texts=texts, **maps)
+    return replace(retimed(score.header, grid), notes=_notes(fields))
+
+# %% ../nbs/02_score.ipynb #41779ce1
+def excerpt(
+    score: Score,
+    start: int,  # tick at which it begins
+    stop: int,   # tick before which its last note begins
+) -> Score:
+    "The notes that begin from `start` on and before `stop`, the first tick being `start`; no texts."
+    onset, maps = score.notes[:, ONSET], {}
+    notes = score.notes[(onset >= start) & (onset < stop)].copy()
+    notes[:, ONSET] -= start
+    for name in ("tempos", "metres", "keys"):
+        changes = getattr(score, name).copy()
+        changes[:, 0] = np.maximum(changes[:, 0] - start, 0)
+        maps[name] = _latest(changes[changes[:, 0] < max(stop - start, 1)])
+    return replace(score, notes=notes, texts=(), **maps)
 
 # %% ../nbs/02_score.ipynb #b03bc97d
 def grid_loss(
