@@ -1,6 +1,6 @@
 # Every target builds what it needs. All paths are relative, so a clone may lie in a folder with spaces.
 .DEFAULT_GOAL := help
-.PHONY: help run play check bench records ablations ship ingest preprocess fe tune train evaluate test clean
+.PHONY: help run play up down docker-build check bench records ablations ship ingest preprocess fe tune train evaluate test clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 SHELL := /bin/sh
@@ -16,6 +16,8 @@ export OMP_WAIT_POLICY ?= passive
 help:
 	@echo "make play    the dashboard, playing the model that ships"
 	@echo "make run     the whole pipeline: a trained model, a report, MIDI files"
+	@echo "make up      the API and the dashboard as services that stay up (by Docker where it is); make down ends them"
+	@echo "make docker-build   the image that make up runs where there is a Docker engine"
 	@echo "make check   every test"
 	@echo "make bench   our speed beside peers and limits, over the corpus in data/raw (half an hour)"
 	@echo "make records the published tables, by the same network (hours; can be stopped and called again)"
@@ -56,6 +58,36 @@ run: .venv/run-ready
 
 play: .venv/play-ready
 	@$(VENV) -m voila dashboards/generate.ipynb
+
+# the image's name, and a file that says that it was built here once
+IMAGE := musicgen:local
+BUILT := artifacts/docker-image
+
+docker-build:
+	@docker info >/dev/null 2>&1 || { echo "No Docker engine answers on this machine, so no image can be built." >&2; exit 1; }
+	@mkdir -p artifacts
+	docker build --target play --tag $(IMAGE) --iidfile $(BUILT) .
+
+# Docker's engine keeps the containers up; without it, or without an image, supervisord does it for two processes of .venv
+CONTAINED := docker compose ls --all --quiet 2>/dev/null | grep -qx musicgen
+up:
+	@if ! docker info >/dev/null 2>&1; then \
+		echo "No Docker engine answers here: starting the API and the dashboard as two supervised processes."; \
+		test -f $(BUILT) || echo "(The image was never built here either: make docker-build does it where there is an engine.)"; \
+	elif ! docker compose version >/dev/null 2>&1; then \
+		echo "Docker is here without its compose plugin: starting the API and the dashboard as two supervised processes."; \
+	elif ! docker image inspect $(IMAGE) >/dev/null 2>&1; then \
+		echo "The image was never built (make docker-build): starting the API and the dashboard as two supervised processes."; \
+	else mkdir -p artifacts && docker compose up --detach --wait && echo "The API and the dashboard are up, in containers: \
+	docker compose ps lists them, docker compose logs shows what they say, make down ends them."; fi
+	@$(CONTAINED) || $(MAKE) --no-print-directory up-here
+.PHONY: up-here
+up-here: .venv/play-ready
+	@$(VENV) -m musicgen.services up
+
+down:
+	@if $(CONTAINED); then docker compose down; fi
+	@if test -x $(VENV); then $(VENV) -m musicgen.services down; fi
 
 ingest preprocess tune train evaluate test: .venv/run-ready
 	@$(VENV) run_pipeline.py $@

@@ -100,8 +100,7 @@ class Band:
     def _asked(self, must: np.ndarray):
         "The stretch begins; these parts shall be heard in it."
         patience = min(LONGEST_SILENCE, (self.stretch.stop - self.stretch.first) // 4) * self.bar
-        self.able = self.crowded() < self.total   # who has a finger free before the end
-        self.played, self.onset = ~(must & self.able), -1
+        self.played, self.onset = ~must, -1
         self.heard = np.where(self.played, self.total, self.begin + patience - self.limit)
 
 # %% ../nbs/23_band.ipynb #eb02d44a
@@ -150,8 +149,8 @@ def _ready(self) -> int:
     return max(1, int(self.crowded().min()) - self.now)
 
 def _finished(self) -> bool:
-    "Whether the stretch may end here: all were heard, and its last bar has a note, if one can be played."
-    return bool(self.played.all() and (self.onset >= self.last_bar or not self.able.any()))
+    "Whether the stretch may end here: all were heard, and its last bar has a note."
+    return bool(self.played.all() and self.onset >= self.last_bar)
 
 Band.free, Band.crowded, Band.ready, Band.finished = _free, _crowded, _ready, _finished
 
@@ -201,6 +200,7 @@ def _resume(self, request: Request):
     for onset, part, pitch, duration, _ in before[before[:, ONSET] + before[:, DURATION] > line].tolist():
         home = pitch - self.by * self.pitched[place[part]]
         if 0 <= home < PITCHES: self.ends[place[part], home] = -(-(onset + duration) * grid // TICKS)
+    self.most = self.most + (self.ends > self.begin).sum(1)
     must = np.ones(len(self.who), bool)
     if request.redraw:
         gone = np.setdiff1d(request.begun.notes[:, PART], kept.notes[:, PART])

@@ -22,8 +22,8 @@ def may_shift(band: Band) -> np.ndarray:
     allowed[band.ready() : min(room, v.longest) + 1] = True
     allowed[0] = band.free().any() and (band.last is None or band.last[0] != v.rest)
     allowed[v.rest] = room > v.longest
-    if band.last is None: allowed[1:] = False         # the music begins with the first bar
-    allowed[: max(band.begin - band.now, 0)] = False  # what was before stays as it was
+    if band.last is None and not band.begin: allowed[1:] = False     # music begins with its first step
+    allowed[: min(max(band.begin - band.now, 0), v.longest + 1)] = False   # what was before stays as it was
     if band.in_bar >= BUSY_BAR * len(band.who): allowed = _onward(band, allowed)
     allowed[v.end] = band.finished()
     if room == 0 and allowed[v.end]: allowed[:v.end] = False     # no crowd at the very last step
