@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_HELD', 'LONGEST_SILENCE', 'DRUM_RANGE', 'NEW_STEP', 'some_key', 'usual_density', 'Stretch', 'stretch_of',
-           'stays', 'Band', 'rows_of']
+           'stays', 'Band', 'described', 'rows_of']
 
 # %% ../nbs/23_band.ipynb #6f68f10b
 from bisect import bisect_right
@@ -95,6 +95,7 @@ class Band:
         self.loud, self.classes = np.zeros(parts, np.int64), np.zeros(12)      # and how loud; each pitch class's time
         self.turn, self.last, self.notes = NEW_STEP, None, []
         self.now, self.at, self.in_bar, self.done = 0, 0, 0, False             # step, bar, rows of the bar
+        self.can = self.idle = None   # what can begin now, and who has a finger free, once `free` has found it
         self._asked(np.ones(parts, bool))
 
     def _asked(self, must: np.ndarray):
@@ -111,8 +112,8 @@ def _where(self) -> tuple[int, int]:
 
 def _seen(self) -> np.ndarray:
     "(10,) what is seen before the next shift: the columns `SEEN`."
-    v, still = self.vocab, self.end[self.end > self.now]
-    wait = int(still.min(initial=self.now + v.longest + 1)) - self.now
+    v, rest = self.vocab, self.end - self.now
+    wait = int(rest[rest > 0].min(initial=self.vocab.longest + 1))
     left = min(max(len(self.stretch.lines) - 1 - self.at, 1), BARS_LEFT - 1)
     around = [*self.where(), wait if wait <= v.longest else 0, left]
     if self.last is None: return np.array([v.start, NOBODY, 0, NO_PITCH, 0, 0, *around])
@@ -124,21 +125,28 @@ def _held(self) -> np.ndarray:
     "bool (128,): pitches that sound now."
     return (self.ends[self.pitched] > self.now).any(0)
 
-def _described(self, shift: int) -> np.ndarray:
-    "(p, 4) what tells the parts apart when one is chosen: program, rank, state, latest pitch."
-    passed = (np.arange(len(self.who)) < self.turn[0]) & (shift == 0)
-    state = _states(self.end[None], np.array([self.now]), passed[None], self.vocab.grid)[0]
-    return np.column_stack([self.who, state, self.latest])
+Band.where, Band.seen, Band.held = _where, _seen, _held
 
-Band.where, Band.seen, Band.held, Band.described = _where, _seen, _held, _described
+def described(bands: list[Band], shifts) -> np.ndarray:
+    "(n, p, 4) what tells the parts of each band apart when one is chosen: program, rank, state, latest pitch."
+    who = bands[0].who
+    found = np.empty((len(bands), len(who), 4), np.int64)
+    turns = np.array([b.turn[0] * (s == 0) for b, s in zip(bands, shifts)])
+    nows, ends = np.array([b.now for b in bands]), np.array([b.end for b in bands])
+    found[..., :2] = who
+    found[..., 2] = _states(ends, nows, np.arange(len(who)) < turns[:, None], bands[0].vocab.grid)
+    found[..., 3] = [b.latest for b in bands]
+    return found
 
 # %% ../nbs/23_band.ipynb #83ed3ef1
 def _free(self) -> np.ndarray:
-    "bool (p, 128): what each part could begin at this step, its turn considered."
-    sounding, (part, pitch) = self.ends > self.now, self.turn
-    can = self.range & ~sounding & (sounding.sum(1) < self.most)[:, None]
-    if part >= 0: can[:part], can[part, : pitch + 1] = False, False
-    return can
+    "bool (p, 128): what each part could begin at this step, its turn considered. Found once for each state."
+    if self.can is None:
+        sounding, (part, pitch) = self.ends > self.now, self.turn
+        self.idle = np.count_nonzero(sounding, axis=1) < self.most
+        self.can = self.range & ~sounding & self.idle[:, None]
+        if part >= 0: self.can[:part], self.can[part, : pitch + 1] = False, False
+    return self.can
 
 def _crowded(self) -> np.ndarray:
     "int64 (p,): the step at which each part has a finger free, if it begins nothing more."
@@ -146,7 +154,8 @@ def _crowded(self) -> np.ndarray:
 
 def _ready(self) -> int:
     "Steps from now, at least 1, until some part has a finger free."
-    return max(1, int(self.crowded().min()) - self.now)
+    self.free()
+    return 1 if self.idle.any() else int(self.crowded().min()) - self.now
 
 def _finished(self) -> bool:
     "Whether the stretch may end here: all were heard, and its last bar has a note."
@@ -161,7 +170,7 @@ def _advance(self, shift: int):
     if shift == v.end:
         self.done = True
         return
-    if shift: self.turn = NEW_STEP
+    if shift: self.turn, self.can = NEW_STEP, None
     self.now += v.longest if shift == v.rest else shift
     self.at = bisect_right(self.stretch.lines, self.now) - 1
     if self.at != bar: self.in_bar = 0
@@ -173,6 +182,7 @@ def _enter(self, shift: int, part: int, pitch: int, duration: int, velocity: int
     self.latest[part], self.loud[part], self.played[part] = pitch, velocity, True
     self.heard[part] = self.onset = self.now
     if self.pitched[part]: self.classes[pitch % 12] += duration
+    self.can = None
     self.turn, self.last, self.in_bar = (part, pitch), (shift, part, pitch, duration, velocity), self.in_bar + 1
     self.notes.append((self.now, part, pitch, duration, velocity))
 
@@ -201,6 +211,7 @@ def _resume(self, request: Request):
         home = pitch - self.by * self.pitched[place[part]]
         if 0 <= home < PITCHES: self.ends[place[part], home] = -(-(onset + duration) * grid // TICKS)
     self.most = self.most + (self.ends > self.begin).sum(1)
+    self.can = None
     must = np.ones(len(self.who), bool)
     if request.redraw:
         gone = np.setdiff1d(request.begun.notes[:, PART], kept.notes[:, PART])

@@ -14,7 +14,7 @@ from typing import Callable, Iterator
 
 import numpy as np
 
-from .band import Band, rows_of, stays, usual_density
+from .band import Band, described, rows_of, stays, usual_density
 from .core import SHIPPED, Layout, Refusal, read_settings
 from .decoder import Decoder, read_weights, sample
 from .metrics import KEYS, density, find_key, flaws
@@ -146,11 +146,11 @@ def _row(self, shift, sounds, chosen, dice):
     bands, at, v, scores = self.bands, self.tables.chosen_at, self.vocab, self.decoder.scores
     held, mine = np.stack([b.held() for b in bands]), list(enumerate(bands))
     chosen[:, :3] = np.column_stack([shift, [b.where() for b in bands]]) + at[:3]
-    parts = np.stack([b.described(s) for b, s in zip(bands, shift)]) + self.tables.parts_at
+    parts = described(bands, shift) + self.tables.parts_at
     part = self.draw(self.decoder.part_scores(chosen, held, parts), [may_play(b) for b in bands], sounds, dice[:, 1])
     chosen[:, 3:6] = np.array([[*b.who[part[k]], b.latest[part[k]]] for k, b in mine]) + at[3:6]
     chosen[:, 8] = np.array([b.loud[part[k]] for k, b in mine]) + at[8]
-    pulls = np.stack([pull(b) * b.pitched[part[k]] for k, b in mine])
+    pulls = np.stack([pull(b) * b.pitched[part[k]] for k, b in mine]) if self.request.key else 0
     pitch = self.draw(scores("pitch", chosen, held) + pulls, [b.free()[part[k]] for k, b in mine], sounds, dice[:, 2])
     chosen[:, 6] = pitch + at[6]
     lasts = [may_last(b, part[k]) for k, b in mine]

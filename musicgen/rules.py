@@ -45,9 +45,10 @@ def may_play(band: Band) -> np.ndarray:
 
 def may_last(band: Band, part: int) -> np.ndarray:
     "bool (V,): durations up to the last bar line; a part's last finger is not held into the last bar."
-    d = np.arange(band.vocab.longest + 1)
-    last = band.now < band.last_bar and (band.ends[part] > band.now).sum() >= band.most[part] - 1
-    return (d > 0) & (d <= (band.last_bar if last else band.total) - band.now)
+    last = band.now < band.last_bar and np.count_nonzero(band.ends[part] > band.now) >= band.most[part] - 1
+    allowed = np.zeros(band.vocab.longest + 1, bool)
+    allowed[1 : (band.last_bar if last else band.total) - band.now + 1] = True
+    return allowed
 
 # %% ../nbs/24_rules.ipynb #befe6c78
 def ending(scores: np.ndarray, bands: list[Band]) -> np.ndarray:
