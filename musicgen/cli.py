@@ -7,6 +7,7 @@ __all__ = ['main']
 
 # %% ../nbs/32_cli.ipynb #d229db57
 import argparse
+import io
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ from .core import Layout, Refusal, write_atomic
 from .generate import (ModelMissing, Request, Studio, Take, generate, instruments,
                                open_studio, regenerate, verify)
 from .preprocess import scan_files
-from .render import AUDIO, caption, encode_audio, roll_png, synthesize
+from .render import AUDIO, SHEETS, caption, encode_audio, roll_png, sheet, stems, synthesize
 
 # %% ../nbs/32_cli.ipynb #1e30cb97
 class _Parser(argparse.ArgumentParser):
@@ -52,6 +53,8 @@ def _request(args: argparse.Namespace) -> Request:
     return Request.from_dict({k: _read(v) if k == "opening" else v for k, v in said.items()})
 
 # %% ../nbs/32_cli.ipynb #32ed5fae
+_ENDINGS = dict(midi=("mid", "midi"), audio=tuple(AUDIO), stems=("zip",), roll=("png", "svg", "pdf"), sheet=tuple(SHEETS))
+
 def _parser() -> argparse.ArgumentParser:
     "The whole grammar of the shell."
     parser = _Parser(
@@ -86,17 +89,19 @@ def _shared() -> list[argparse.ArgumentParser]:
     root.add_argument("--root", metavar="DIR",
                       help="the folder whose model plays; default: the project around here")
     told.add_argument("--json", action="store_true", help="answer with JSON on the standard output")
-    places.add_argument("--audio", metavar="FILE",
-                        help=f"write the sound too: .{', .'.join(AUDIO)}")
-    places.add_argument("--roll", metavar="FILE", help="draw the piano roll too: .png")
+    more = dict(audio="write the sound too", stems="write each part's sound too, in a zip",
+                roll="draw the piano roll too", sheet="write sheet music too")
+    for kind, help in more.items():
+        places.add_argument(f"--{kind}", metavar="FILE", help=f"{help}: .{', .'.join(_ENDINGS[kind])}")
+    places.add_argument("--port", metavar="NAME", help="play it on a MIDI port too; 'list' names them")
     return root, told, places
 
 # %% ../nbs/32_cli.ipynb #eb3c8028
 def _places(args: argparse.Namespace, takes: int) -> list[dict[str, Path]]:
-    "The files of each take by kind: midi, audio, roll. Refuses an ending that is not of its kind."
+    "The files of each take by kind, of `_ENDINGS`. Refuses an ending that is not of its kind."
     found = [{} for _ in range(takes)]
-    for kind, endings in dict(midi=("mid", "midi"), audio=tuple(AUDIO), roll=("png",)).items():
-        given = args.out if kind == "midi" else getattr(args, kind)
+    for kind, endings in _ENDINGS.items():
+        given = args.out if kind == "midi" else getattr(args, kind, None)
         if not given: continue
         path = Path(given).expanduser()
         if path.suffix.lower().lstrip(".") not in endings:
@@ -120,9 +125,37 @@ def _write(takes: list[Take], places: list[dict[str, Path]], as_json: bool):
 
 def _content(take: Take, kind: str, path: Path) -> bytes:
     "The bytes of one file of a take."
+    form = path.suffix.lower().lstrip(".")
     if kind == "midi": return take.midi
-    if kind == "roll": return roll_png(take.score, dpi=144)
-    return encode_audio(synthesize(take.score), path.suffix.lower().lstrip("."))
+    if kind == "stems": return stems(take.score)
+    if kind == "sheet": return sheet(take.score, form)
+    if kind == "roll": return roll_png(take.score, shade_bars=_tinted(take), dpi=144, kind=form)
+    return encode_audio(synthesize(take.score), form)
+
+def _tinted(take: Take) -> int | tuple[int, int]:
+    "The bars of a take that stand out in its roll: those that were drawn again, or the opening."
+    first, last = take.report["first_bar"], take.report["first_bar"] + take.report["asked"]["bars"] - 1
+    return (first, last) if take.report["asked"]["redraw"] else first - 1
+
+# %% ../nbs/32_cli.ipynb #1b5c12c8
+def _port(name: str):
+    "The opened MIDI port of that name. Refuses a name that no port has, and a machine without ports."
+    import mido
+    try: names = mido.get_output_names()
+    except ImportError: raise Refusal('a MIDI port needs python-rtmidi: pip install "musicgen[live]"') from None
+    except Exception as e: raise Refusal(f"this machine offers no MIDI ports: {e}") from None   # as its drivers say
+    if name not in names:
+        raise Refusal(f"no MIDI port is called {name!r}; there are {', '.join(map(repr, names)) or 'none'}")
+    return mido.open_output(name)
+
+def _live(port, takes: list[Take]):
+    "Plays the takes one after another, in their own time; whatever sounds is ended, come what may."
+    import mido
+    with port:
+        try:
+            for take in takes:
+                for message in mido.MidiFile(file=io.BytesIO(take.midi)).play(): port.send(message)
+        finally: port.reset()
 
 # %% ../nbs/32_cli.ipynb #f4a0d787
 def _progress():
@@ -136,8 +169,10 @@ def _progress():
 # %% ../nbs/32_cli.ipynb #59d6ab11
 def _generate(args: argparse.Namespace) -> int:
     request = _request(args)
-    places = _places(args, request.takes)
-    _write(generate(open_studio(Layout(args.root)), request, _progress()), places, args.json)
+    places, port = _places(args, request.takes), _port(args.port) if args.port else None
+    takes = generate(open_studio(Layout(args.root)), request, _progress())
+    _write(takes, places, args.json)
+    if port: _live(port, takes)
     return 0
 
 # %% ../nbs/32_cli.ipynb #8ca71733
@@ -158,7 +193,10 @@ def _regenerate(args: argparse.Namespace) -> int:
         if path.exists() and path.samefile(source):
             raise Refusal(f"{path} is the file to make again, and is never written over; "
                           "name another with -o")
-    _write([regenerate(open_studio(Layout(args.root)), data)], places, args.json)
+    port = _port(args.port) if args.port else None
+    takes = [regenerate(open_studio(Layout(args.root)), data)]
+    _write(takes, places, args.json)
+    if port: _live(port, takes)
     return 0
 
 # %% ../nbs/32_cli.ipynb #45e3581a

@@ -205,6 +205,7 @@ def _take(studio: Studio, request: Request, k: int, band: Band, draws: int) -> T
                 tempo=round(60e6 / int(made.tempos[-1, 1]), 3), time_signature="%d/%d" % tuple(made.metres[-1, 1:]),
                 key=find_key(made), density=round(float(density(made)), 3))
     known = studio.originality.report(made) if studio.originality else None
+    if known and known["at_bar"]: known["at_bar"] += band.stretch.first
     report = dict(asked=request.to_dict(), came=came, first_bar=band.stretch.first + 1, notes=len(score.notes),
                   seconds=round(score.seconds, 3), take=k, seed=request.seed, model=studio.model_hash, draws=draws,
                   lint=lint(score), flaws=flaws(made) + _copied(known, request), originality=known)
