@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .metrics import KEYS, density, find_key, parse_key
+from .metrics import KEYS, find_key, parse_key
 from .request import EARLY, Request, opening_lines
 from .score import DRUMS, DURATION, ONSET, PART, PITCH, PITCHES, RANGES, TICKS, VELOCITY, Part, Score, replace
 from .sight import BARS_LEFT, BEATS, NO_PITCH, NOBODY, _states, away, ensemble

@@ -13,8 +13,8 @@ import time
 import numpy as np
 
 from .band import stays
-from .core import Layout, Refusal, open_root
-from .generate import Request, Studio, Take, generate, open_studio, read_studio, regenerate, verify
+from .core import Refusal, open_root
+from .generate import Request, Studio, Take, generate, open_studio, regenerate, verify
 from .render import synthesize
 from .request import NICKNAMES, opening_lines, read_opening
 from .score import DRUMS, DURATION, GM, ONSET, TICKS, Score, lint, make_score, read_midi, write_midi
