@@ -16,7 +16,7 @@ import numpy as np
 
 from .band import Band, described, rows_of, stays, usual_density
 from .core import SHIPPED, Layout, Refusal, read_settings
-from .decoder import Decoder, read_weights, sample
+from .decoder import Decoder, numeric_path, read_weights, sample
 from .metrics import KEYS, density, find_key, flaws
 from .originality import OriginalityIndex
 from .receipt import read_receipt, verify, write_receipt
@@ -44,10 +44,11 @@ class Studio:
     provenance: dict
     originality: OriginalityIndex | None = None
 
-    def decoder(self) -> Decoder:
+    def decoder(self, precision: str = "fp32") -> Decoder:
         "A decoder of its own for one request; the folded weights are shared."
-        if not hasattr(self, "_decoder"): self._decoder = Decoder(self.weights, self.vocab)
-        return self._decoder.own()
+        made = self.__dict__.setdefault("_decoders", {})
+        if precision not in made: made[precision] = Decoder(self.weights, self.vocab, precision)
+        return made[precision].own()
 
     @property
     def training(self) -> str:
@@ -87,7 +88,7 @@ class _Player:
         if request.style and request.style not in studio.sources:
             raise Refusal(f"style {request.style!r} is not among those of this model: {', '.join(studio.sources)}")
         self.request, self.vocab, self.tables = request, studio.vocab, Tables(studio.vocab)
-        self.before, self.heard = studio.decoder(), Band(request, studio.vocab)
+        self.before, self.heard = studio.decoder(request.precision), Band(request, studio.vocab)
         self.before.start(1, self.tables.told(self._controls(studio), self.heard.who))
         if request.begun: self._hear_opening(stop)
 
@@ -196,7 +197,7 @@ def _score_of(band: Band, request: Request) -> Score:
 def _take(studio: Studio, request: Request, k: int, band: Band, draws: int) -> Take:
     "Score, bytes and report of a finished band."
     score = _score_of(band, request)
-    model = dict(model=studio.model_hash, training=studio.training, numbers="numpy fp32")
+    model = dict(model=studio.model_hash, training=studio.training, numbers=numeric_path(request.precision))
     score = write_receipt(score, request, k, **model)
     made = excerpt(score, *(np.array([band.begin, band.total]) * (TICKS // band.vocab.grid)).tolist())
     heard = [p.instrument for i, p in enumerate(score.parts) if i in set(score.notes[:, PART].tolist())]
@@ -269,4 +270,7 @@ def regenerate(
         raise Refusal("the file was made beside another originality index than the one beside this model")
     request = Request.from_dict(receipt["request"])
     if not 0 <= receipt["take"] < request.takes: raise Refusal(f"the receipt names take {receipt['take'] + 1} of {request.takes}")
-    return generate(studio, request)[receipt["take"]]
+    take = generate(studio, request)[receipt["take"]]
+    made = {name: receipt.get(name, "") for name in ("model", "training", "numbers")}   # on whatever machine that was
+    score = write_receipt(take.score, request, receipt["take"], **made)
+    return replace(take, score=score, midi=write_midi(score))

@@ -15,6 +15,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 import numpy as np
 
 from .core import Refusal
+from .decoder import PRECISIONS
 from .metrics import KEYS, parse_key
 from .score import DRUMS, FAMILIES, GM, ONSET, TICKS, Part, Score, read_midi, retimed, write_midi
 
@@ -141,6 +142,8 @@ class Request(_Plain):
     redraw: list[int] = _ask([], "first and last bar of the opening that are drawn again while all others stay", 1, MAX_OPENING["bars"])
     max_copied: float = _ask(0.5, "share of a take's melody that may be passages found in the training music; "
                              "above it the take is drawn again", 0.0, 1.0)
+    precision: str = _ask("fp32", "what the model counts with: fp32 as it was trained, fp64 for the same bytes on any machine, "
+                          "int8 for speed (needs musicgen[fast])", choices=tuple(PRECISIONS))
 
     def __post_init__(self):
         for f in fields(self): setattr(self, f.name, _CHECKS[f.type](f, getattr(self, f.name)))
