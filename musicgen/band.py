@@ -189,17 +189,21 @@ def _enter(self, shift: int, part: int, pitch: int, duration: int, velocity: int
 Band.advance, Band.enter = _advance, _enter
 
 # %% ../nbs/23_band.ipynb #66d11587
-def rows_of(request: Request, band: Band) -> np.ndarray:
-    "uint8 (n, 5): the rows of the opening up to where the band begins."
+def rows_of(request: Request, band: Band, after: int = 0) -> np.ndarray:
+    """uint8 (n, 5): the rows of the opening up to where the band begins.
+
+    With `after`, the rows that stay in so many bars behind the stretch; their first shift counts from the beginning."""
     opening, place = request.begun, np.argsort(band.order)
-    line = band.begin * TICKS // band.vocab.grid
-    notes = opening.notes[opening.notes[:, ONSET] < line].copy()
+    lines = np.array(band.stretch.lines) * TICKS // band.vocab.grid
+    first, line = lines[[band.stretch.stop, min(band.stretch.stop + after, len(lines) - 1)]] if after else (0, lines[band.stretch.first])
+    onset = opening.notes[:, ONSET]
+    notes = opening.notes[(onset >= first) & (onset < line)].copy()
     notes[:, PART] = place[notes[:, PART]]
     moved = notes[:, PITCH] - band.by * band.pitched[notes[:, PART]]
     notes[:, PITCH] = moved - 12 * (moved >= PITCHES) + 12 * (moved < 0)
     rows = encode(replace(opening, notes=notes, parts=tuple(opening.parts[k] for k in band.order)), band.vocab)
     tied = (rows[:, VELOCITY] == 0) & (rows[:, SHIFT] <= band.vocab.longest)
-    return rows[~(tied & (onsets_of(rows, band.vocab) >= band.begin))]
+    return rows[~(tied & (onsets_of(rows, band.vocab) >= line * band.vocab.grid // TICKS))]
 
 def _resume(self, request: Request):
     "The opening has been heard: the stretch begins."
