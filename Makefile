@@ -1,6 +1,6 @@
 # Every target builds what it needs. All paths are relative, so a clone may lie in a folder with spaces.
 .DEFAULT_GOAL := help
-.PHONY: help run play up down docker-build check bench records ablations ship ingest preprocess fe tune train evaluate test clean
+.PHONY: help run play up down docker-build check bench load records ablations ship ingest preprocess fe tune train evaluate test clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 SHELL := /bin/sh
@@ -20,6 +20,7 @@ help:
 	@echo "make docker-build   the image that make up runs where there is a Docker engine"
 	@echo "make check   every test"
 	@echo "make bench   our speed beside peers and limits, over the corpus in data/raw (half an hour)"
+	@echo "make load    half an hour of requests at the limit of the API, every answer checked"
 	@echo "make records the published tables, by the same network (hours; can be stopped and called again)"
 	@echo "make ablations  what each part of the model is worth (half an hour)"
 	@echo "make ship    trains the model that comes with the package (hours; downloads Groove and POP909)"
@@ -98,6 +99,10 @@ bench: .venv/bench-ready
 	@$(VENV) run_pipeline.py features
 	@rm -f artifacts/bench/speed.json
 	@$(VENV) run_pipeline.py --config bench.yaml
+
+load: .venv/bench-ready
+	@rm -f artifacts/bench/load.json
+	@$(VENV) run_pipeline.py --config load.yaml
 
 records: .venv/run-ready
 	@$(VENV) run_pipeline.py --config records.yaml

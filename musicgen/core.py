@@ -148,8 +148,8 @@ def open_root(
 # %% ../nbs/00_core.ipynb #aa05f043
 SETTINGS = dict(
     paths=dict(soundfont="", model=""),  # "": the SoundFont of pretty_midi, the model of this root
-    api=dict(host="127.0.0.1", port=8000, max_bars=64, max_takes=8, queue=16, timeout=60.0,
-             max_body=1_000_000),
+    api=dict(host="127.0.0.1", port=8000, key="", cors="", max_bars=64, max_takes=8, max_body=1_000_000,
+             players=0, queue=16, timeout=60.0, patience=10.0),   # seconds; players=0: one a core
     dashboard=dict(api=""),              # an address to ask; "": it plays in its own process
     work=dict(backend="loky"))           # the joblib backend that carries work on many files
 

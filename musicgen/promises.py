@@ -15,7 +15,7 @@ import numpy as np
 from .band import stays
 from .core import Refusal, open_root
 from .generate import Request, Studio, Take, generate, open_studio, regenerate, verify
-from .render import synthesize
+from .sound import synthesize
 from .request import NICKNAMES, opening_lines, read_opening
 from .score import DRUMS, DURATION, GM, ONSET, TICKS, Score, lint, make_score, read_midi, write_midi
 from .speed import Figure, table, write_figures

@@ -29,7 +29,7 @@ import numpy as np
 from .core import SHIPPED, Layout, Refusal, open_root, write_atomic
 from .decoder import Decoder, numeric_path
 from .generate import Request, Studio, generate, read_studio
-from .render import encode_audio, synthesize
+from .sound import encode_audio, synthesize
 from .score import DURATION, ONSET, Score, grid_loss, read_midi, transpose, write_midi
 from .sight import KNOWN
 from .tokens import FIELDS, Vocab, encode

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from musicgen.baselines import KINDS, _apart, _gain, _means, _players
-from musicgen.evaluate import _in_key, _relation, varied_requests
+from musicgen.obedience import _in_key, _relation, varied_requests
 from musicgen.metrics import KEYS, MEASURES, _divergence, _overlap, compare, find_key, measures
 from musicgen.score import DRUMS, Part, make_score, transpose
 from musicgen.sight import make_piece

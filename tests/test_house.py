@@ -16,7 +16,7 @@ import run_pipeline  # noqa: E402
 REPO = run_pipeline.HERE
 NOTEBOOKS = sorted((REPO / "nbs").glob("*.ipynb"))
 ROOMS = {p.stem[3:]: int(p.stem[:2]) for p in NOTEBOOKS}  # module -> number
-SHEET = {name: stage for sheet in ("pipeline.yaml", "bench.yaml", "records.yaml", "ablations.yaml")
+SHEET = {name: stage for sheet in ("pipeline.yaml", "bench.yaml", "load.yaml", "records.yaml", "ablations.yaml")
          for name, stage in yaml.safe_load((REPO / sheet).read_text())["stages"].items()}
 LIMIT = 200_000  # bytes of stored outputs in one notebook
 
@@ -114,7 +114,7 @@ def test_the_sheet_fits_the_notebooks():
     assert [s.notebook for s in stages] == sorted(s.notebook for s in stages)
 
 
-@pytest.mark.parametrize("sheet", ["ship.yaml", "finetune.yaml", "bench.yaml", "records.yaml", "ablations.yaml"])
+@pytest.mark.parametrize("sheet", ["ship.yaml", "finetune.yaml", "bench.yaml", "load.yaml", "records.yaml", "ablations.yaml"])
 def test_every_sheet_is_in_order(sheet, tmp_path):
     "The conductor accepts it: each notebook is there, each parameter has its value, nothing is stray."
     for name in ("index.csv", "corpus.npy"):   # what the pipeline would have made

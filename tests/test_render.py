@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from musicgen import render
+from musicgen import sheet as sheet_room
+from musicgen import sound as hearing
 from musicgen.core import Refusal
-from musicgen.render import (
-    AUDIO, PEAK, TAIL, encode_audio, find_soundfont, plot_roll, roll_png, sheet, stems, synthesize)
+from musicgen.render import plot_roll, roll_png
+from musicgen.sheet import sheet
+from musicgen.sound import AUDIO, PEAK, TAIL, encode_audio, find_soundfont, stems, synthesize
 from musicgen.score import DRUMS, ONSET, PART, PITCH, Part, make_score, read_midi
 
 
@@ -30,7 +32,7 @@ def job_of(program, pitch):
 
 def test_a_note_that_never_ends_is_given_up():
     "The celesta's 108 makes symusic 0.5.8 run for ever; should that be mended, nothing is refused."
-    try: sound = render._perform(job_of(8, 108), patience=1)
+    try: sound = hearing._perform(job_of(8, 108), patience=1)
     except Refusal as refusal: assert "no sound after 1 s" in str(refusal)
     else: assert np.isfinite(sound).all()
     assert synthesize(tune(8, 108)).any(), "the service plays on, and the score itself is playable"
@@ -38,12 +40,12 @@ def test_a_note_that_never_ends_is_given_up():
 
 def test_a_dead_process_is_replaced():
     first = synthesize(tune())
-    render._band.process.kill()
+    hearing._band.process.kill()
     assert np.array_equal(first, synthesize(tune()))
 
 
 def test_a_process_that_always_dies_is_refused(monkeypatch):
-    monkeypatch.setattr(render._band, "ask", lambda patience, job: ("", None))
+    monkeypatch.setattr(hearing._band, "ask", lambda patience, job: ("", None))
     with pytest.raises(Refusal, match="crashed twice"): synthesize(tune())
 
 
@@ -53,7 +55,7 @@ def test_what_was_played_before_does_not_matter(program):
     first = synthesize(tune(program))
     for other in (program - 1, program + 1, 82, 62): synthesize(tune(other, 70))
     assert np.array_equal(first, synthesize(tune(program)))
-    render._band.stop()
+    hearing._band.stop()
     assert np.array_equal(first, synthesize(tune(program)))
     assert np.isfinite(first).all() and 0.9 < np.abs(first).max() <= PEAK + 1e-6
 
@@ -170,5 +172,5 @@ def test_sheet_music_as_a_picture():
 
 
 def test_sheet_music_without_its_library(monkeypatch):
-    monkeypatch.setattr(render.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sheet_room.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Refusal, match=r'music21: pip install "musicgen\[sheet\]"'): sheet(tune())
