@@ -1,4 +1,4 @@
-"""A headless Chromium opens every notebook of the project in JupyterLab, and runs three of them there, as a reader would."""
+"""A headless Chromium opens every notebook of the project in JupyterLab, and runs three of them, as a reader would."""
 import json
 import os
 import shutil
@@ -16,14 +16,16 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 THREE = ("tutorials/01_your_first_piece.ipynb", "tutorials/05_how_the_model_works.ipynb", "[0-9][0-9]_score.ipynb")
 PATIENCE = 180   # seconds for anything that may be slow on a busy machine
-ALONE = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--mute-audio", "--disable-component-update",
-         "--no-first-run", "--disable-dev-shm-usage", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+ALONE = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--mute-audio",
+         "--disable-component-update", "--no-first-run", "--disable-dev-shm-usage",
+         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 OPEN = """async path => {
     const app = window.jupyterapp, panel = await app.commands.execute('docmanager:open', {path, factory: 'Notebook'})
     await panel.context.ready; await panel.revealed
     const until = performance.now() + 20000, title = () => panel.node.querySelector('.jp-RenderedMarkdown h1')
     while (!title() && performance.now() < until) await new Promise(done => setTimeout(done, 20))
-    const seen = {cells: panel.content.widgets.length, title: title()?.textContent, drawn: panel.node.querySelectorAll('.jp-Cell').length,
+    const seen = {cells: panel.content.widgets.length, title: title()?.textContent,
+                  drawn: panel.node.querySelectorAll('.jp-Cell').length,
                   dialogs: [...document.querySelectorAll('.jp-Dialog')].map(node => node.innerText)}
     panel.dispose()
     return seen
@@ -48,16 +50,19 @@ def lab(notebooks, tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    folders = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
+    folders = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR",
+               "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
     # no setting of ours, and nothing that a test of notebooks has left behind, reaches the kernels
     env = {k: v for k, v in os.environ.items() if not k.startswith("MUSICGEN_") and k != "IN_TEST"}
     env |= {name: str(place / name.lower()) for name in folders} | {"JUPYTER_PREFER_ENV_PATH": "1"}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
-               "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={notebooks}"]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root",
+               f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--ServerApp.ip=127.0.0.1",
+               "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={notebooks}"]
     address, end = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
     log = place / "lab.log"
     with open(log, "wb") as out:
-        server = psutil.Popen(command, cwd=place, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+        server = psutil.Popen(command, cwd=place, env=env, stdin=subprocess.DEVNULL, stdout=out,
+                              stderr=subprocess.STDOUT)
     try:
         while not answers(address + "/api"):
             told = log.read_text(errors="replace")
@@ -115,7 +120,7 @@ def test_every_notebook_opens(page, lab, notebooks):
         assert (seen["title"] or "").rstrip("¶") == title, (path, seen)
 
 
-@pytest.mark.parametrize("name", THREE, ids=lambda name: name.rpartition("_")[2])
+@pytest.mark.parametrize("name", THREE, ids=["first_piece", "how_it_works", "score"])
 def test_a_notebook_runs_to_its_end(page, lab, notebooks, screens, name):
     "Run All: every code cell has run, in order, and none has ended in an error."
     [found] = notebooks.glob(name)

@@ -1,4 +1,4 @@
-"""The shelf for people: what a tutorial is, what it stores, and where its links lead. (make check runs each; test_jupyterlab reads them.)"""
+"""The shelf for people: what a tutorial is, what it stores, and where its links lead. (`make check` runs each.)"""
 import ast
 import json
 import re
@@ -8,8 +8,8 @@ import pytest
 
 SHELF = Path(__file__).resolve().parent.parent / "nbs" / "tutorials"
 TUTORIALS = ["01_your_first_piece", "02_your_own_midis", "03_fine_tune", "04_call_the_api", "05_how_the_model_works"]
-DOORS = {"core", "generate", "render", "score", "train", "evaluate"}   # what a person needs
-INSIDE = DOORS | {"band", "decoder", "metrics", "rules", "sight", "tokens"}   # and what the pictures of the model are made of
+DOORS = {"core", "generate", "render", "sound", "score", "train", "evaluate"}   # what a person needs
+INSIDE = DOORS | {"band", "decoder", "metrics", "rules", "sight", "tokens"}   # and the model's pictures
 LIMIT = 100_000   # bytes of a whole notebook
 
 each = pytest.mark.parametrize("name", TUTORIALS)
