@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -350,43 +349,3 @@ def test_four_visitors_at_once(browser, address):
         pages[-1].goto(address + f"/?bars=2&seed={len(pages)}", wait_until="commit")
     assert [takes(page, 1).locator("h3").inner_text() for page in pages] == [f"Seed {k}" for k in (1, 2, 3, 4)]
     for page in pages: page.context.close()
-
-
-def test_a_notebook_in_jupyterlab(page, repo, tmp_path, screens):
-    "Run All, from a copy: every cell runs, and none ends in an error."
-    port, folder = free_port(), tmp_path / "notebooks"
-    folder.mkdir()
-    copy = Path(shutil.copy(repo / "nbs" / "02_score.ipynb", folder))
-    notebook = json.loads(copy.read_text("utf-8"))
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "code": cell["outputs"] = []
-    copy.write_text(json.dumps(notebook), "utf-8")
-    command = ["-m", "jupyterlab", "--no-browser", f"--ServerApp.port={port}", "--allow-root",
-               "--ServerApp.port_retries=0", "--ServerApp.ip=127.0.0.1",
-               "--IdentityProvider.token=listen", f"--ServerApp.root_dir={folder}"]
-    env = environment(tmp_path)
-    with running(command, port, folder, env, tmp_path / "lab.log") as address:
-        page.goto(f"{address}/lab/tree/{copy.name}?token=listen&reset", wait_until="commit")
-        page.locator(".jp-Notebook .jp-Cell").first.wait_for()
-        page.get_by_text("| Idle").wait_for()  # before it there is a notebook, but no kernel yet
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        try: ran = run_to_the_end(page, copy)
-        finally: page.screenshot(path=screens / "jupyterlab.png")
-    outputs = [output for cell in ran for output in cell["outputs"]]
-    errors = [output for output in outputs if output["output_type"] == "error"]
-    assert not errors, errors
-    assert len(outputs) > 5 and all(cell["execution_count"] for cell in ran)
-
-
-def run_to_the_end(page, path: Path) -> list[dict]:
-    "The code cells of a saved notebook, when each has run or one has failed."
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        page.keyboard.press("Control+s")
-        time.sleep(1)
-        cells = json.loads(path.read_text("utf-8"))["cells"]
-        code = [cell for cell in cells if cell["cell_type"] == "code" and cell["source"]]
-        failed = any(out["output_type"] == "error" for cell in code for out in cell["outputs"])
-        if failed or all(cell["execution_count"] for cell in code): return code
-    raise AssertionError(f"{sum(not cell['execution_count'] for cell in code)} cells have not run")

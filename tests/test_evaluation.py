@@ -114,6 +114,6 @@ def test_a_transposed_answer_is_the_wrong_key():
     found = _in_key([("C major", key) for key in moved])
     assert found["exact"]["value"] == pytest.approx(1 / 12, abs=1e-4)
     assert found["relations"]["fifth"] == pytest.approx(2 / 12, abs=1e-4)
-    for k, key in enumerate(KEYS):
+    for key in KEYS:
         signs = [_relation(key, other) for other in KEYS]
         assert [signs.count(r) for r in ("exact", "relative", "fifth", "parallel")] == [1, 1, 2, 1], key

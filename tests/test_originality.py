@@ -42,7 +42,7 @@ def ornamented(score: Score, every: int) -> Score:
     rows = []
     for part in range(len(score.parts)):
         notes = score.notes[score.notes[:, 1] == part].tolist()
-        for k, (note, after) in enumerate(zip(notes, notes[1:] + notes[-1:])):
+        for k, (note, after) in enumerate(zip(notes, notes[1:] + notes[-1:], strict=True)):
             wait = after[0] - note[0]
             here = k % every == every - 1 and wait >= 6
             rows += changed(note, wait, after[2], k // every % 4) if here else [note]
