@@ -650,6 +650,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'musicgen.panel._show': ('panel.html#_show', 'musicgen/panel.py'),
                                 'musicgen.panel._show_again': ('panel.html#_show_again', 'musicgen/panel.py'),
                                 'musicgen.panel._start': ('panel.html#_start', 'musicgen/panel.py'),
+                                'musicgen.panel._thread': ('panel.html#_thread', 'musicgen/panel.py'),
                                 'musicgen.panel._tidy': ('panel.html#_tidy', 'musicgen/panel.py'),
                                 'musicgen.panel._wait': ('panel.html#_wait', 'musicgen/panel.py'),
                                 'musicgen.panel._warm_up': ('panel.html#_warm_up', 'musicgen/panel.py'),

@@ -167,7 +167,8 @@ class Panel(Page):
         self.query = link if link is not None else os.environ.get("QUERY_STRING", "") if self.voila else ""
         self.stop, self.door, self.saving = threading.Event(), threading.Lock(), threading.Lock()
         super().__init__()
-        self.warm = self.thread = self._begin(self._warm_up)
+        self.warm = self.thread = self._thread(self._warm_up)
+        self.warm.start()   # a link that it follows makes `thread` another one
 
     def play(self):
         "Makes music of what the controls say, in a thread."
@@ -198,8 +199,12 @@ class Panel(Page):
         self.stop.set()
 
 # %% ../nbs/39_panel.ipynb #356ffc68
+def _thread(self, does, *given) -> threading.Thread:
+    return threading.Thread(target=self._guarded, args=(does, *given), daemon=True)
+
 def _begin(self, does, *given) -> threading.Thread:
-    thread = threading.Thread(target=self._guarded, args=(does, *given), daemon=True)
+    "The thread that does it, started."
+    thread = self._thread(does, *given)
     thread.start()
     return thread
 
@@ -234,7 +239,7 @@ def _follow(self, fields: dict):
     self.controls.show(request)
     if "seed" in fields: self._start(request)
 
-for _method in (_begin, _guarded, _warm_up, _open, _follow): setattr(Panel, _method.__name__, _method)
+for _method in (_thread, _begin, _guarded, _warm_up, _open, _follow): setattr(Panel, _method.__name__, _method)
 
 # %% ../nbs/39_panel.ipynb #e9c57505
 def _tidy():
