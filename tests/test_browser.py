@@ -299,14 +299,22 @@ def test_a_link_makes_the_same_music(page, address):
     assert generated(page, 1)
 
 
-def test_cancel_and_keyboard(page, address):
-    "A long request is stopped; every control can be reached and has a name."
+def test_cancel_and_keyboard(page, address, screens):
+    "A long request grows bar by bar and is stopped; every control can be reached and has a name."
     opened(page, address)
     slide(page, "Bars", 64)
     slide(page, "Takes", 8)
     page.get_by_role("button", name="Generate").click()
+    growing = page.locator(".mg-card:not(.mg-hidden) svg")
+    page.get_by_text(re.compile(r"Bar \d+ of 64")).wait_for()
+    growing.wait_for()
+    small = growing.locator("path").count()
+    page.get_by_text(re.compile(r"Bar \d\d of 64")).wait_for()
+    assert growing.locator("path").count() >= small > 0
+    page.screenshot(path=screens / "dashboard-growing.png", full_page=True)
     page.get_by_role("button", name="Cancel").click()
     page.get_by_text("Stopped. Press Generate when you are ready.").wait_for()
+    assert growing.count() == 0
     nameless = page.evaluate("""() => [...document.querySelectorAll(".mg :is(button, input, select, [role=slider])")]
         .filter(one => one.offsetParent && !one.textContent.trim() && !one.getAttribute("aria-label")
                 && !one.labels?.length && !one.title).map(one => one.outerHTML.slice(0, 200))""")
