@@ -107,7 +107,8 @@ def strike(layout: Layout, seconds: float) -> bool:
     started.join(seconds)
     if started.exitcode is not None: return False
     started.kill()
-    assert finish(started) == -signal.SIGKILL
+    if (status := finish(started)) == 0: return False   # it ended while it was looked for
+    assert status == -signal.SIGKILL
     return rounds_done(layout) < RUN["rounds"]
 
 
