@@ -81,10 +81,11 @@ VARIANTS = {
     "dropout 0.3": (MusicLSTM, dict(dropout=0.3), {}),
     "one layer": (MusicLSTM, dict(layers=1), {}),
     "three layers": (MusicLSTM, dict(layers=3), {}),
-    "heads half as wide": (MusicLSTM, dict(head=0.25), {}),
-    "heads twice as wide": (MusicLSTM, dict(head=1.0), {}),
+    "heads half as wide": (MusicLSTM, dict(head=0.5), {}),
+    "heads twice as wide": (MusicLSTM, dict(head=2.0), {}),
     "layer norm": (_with_tower(_NormedTower), {}, {}),
     "no residual": (_with_tower(_PlainTower), {}, {}),
+    "not relative": (MusicLSTM, dict(relative=False), {}),
     "no intervals": (_NoIntervals, {}, {}),
     "deaf to what sounds": (_Deaf, {}, {}),
     "controls untold": (_Untold, {}, {}),
@@ -95,7 +96,7 @@ VARIANTS = {
 def _variant(name: str, corpus: Corpus, hidden: int, plan: Plan) -> dict:
     "One line of the table."
     kind, shape, changes = VARIANTS[name]
-    shape = dict(hidden=hidden, head=0.5) | shape
+    shape = dict(hidden=hidden, head=1.0) | shape
     shape["head"] = round(shape["head"] * hidden)
     config = MusicLSTMConfig(**shape, vocab=corpus.vocab, sources=corpus.sources)
     plan, began = replace(plan, **changes), time.process_time()

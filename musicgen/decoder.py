@@ -115,6 +115,7 @@ class _Head:
     "One field's head: its table of what is known, what it hears, and its scores."
     known: np.ndarray | None
     hears: np.ndarray | None
+    near: np.ndarray | None
     out: np.ndarray
     bias: np.ndarray
 
@@ -123,10 +124,11 @@ class _Head:
         def take(name):
             found = weights.get(f"heads.{field}.{name}")
             return None if found is None else found.astype(kind)
-        out, bias, hears = take("out.weight"), take("out.bias"), take("hears.weight")
-        if field == "pitch": out = np.concatenate([out, weights["interval.weight"].astype(kind)])
-        return cls(take("known.weight"), None if hears is None else np.ascontiguousarray(hears.T),
-                   np.ascontiguousarray(out.T), bias)
+        out, bias = take("out.weight"), take("out.bias")
+        beside = [weights[name].astype(kind) for name in ("interval.weight", "chord.weight") if name in weights]
+        if field == "pitch": out = np.concatenate([out, *beside])
+        turned = lambda a: None if a is None else np.ascontiguousarray(a.T)
+        return cls(take("known.weight"), turned(take("hears.weight")), turned(take("near.weight")), turned(out), bias)
 
 # %% ../nbs/23_decoder.ipynb #bfa5ea43
 PRECISIONS = dict(fp32=np.float32, fp64=np.float64, int8=np.float32)   # what is computed with, products of int8 apart
@@ -144,6 +146,8 @@ class _Folded:
         first = cells[0]["weight_ih"]
         self.table = kept(weights["seen.weight"] @ first)       # folded: ids -> gates
         self.hears = kept(weights["hears.weight"].T @ first)    # folded: pitches -> gates
+        near = weights.get("near.weight")                       # of a model that is relative: intervals -> gates
+        self.near = None if near is None else kept(near.T @ first)
         self.bias = [kept(c["bias_ih"] + c["bias_hh"]) for c in cells]
         matrices = [cells[0]["weight_hh"]] + [np.concatenate([c["weight_ih"], c["weight_hh"]]) for c in cells[1:]]
         states = [(weights[f"heads.{f}.state.weight"].T, weights[f"heads.{f}.state.bias"]) for f in FIELDS]
@@ -156,6 +160,12 @@ class _Folded:
         self.parts = kept(weights["parts.weight"] / self.width ** 0.5)
 
 # %% ../nbs/23_decoder.ipynb #2fcdc174
+def _add_near(to: np.ndarray, table: np.ndarray, held: np.ndarray, pitches: list[int]):
+    "Adds to each row the vectors of what sounds, as intervals from a pitch; none from `NO_PITCH`."
+    for row, sounding, pitch in zip(to, held, pitches):
+        if pitch < NO_PITCH: row += np.add.reduce(table.take(sounding.nonzero()[0] - pitch + PITCHES - 1, 0), 0)
+
+# %% ../nbs/23_decoder.ipynb #8b781db1
 class Decoder:
     "The weights of a `MusicLSTM`, stepped for `n` takes at once."
 
@@ -180,18 +190,21 @@ class Decoder:
         self.c = [np.zeros((takes, f.hidden), f.kind) for _ in f.inputs]
         self.base = f.bias[0] + f.table[told].sum(0)
         self.says = np.zeros((len(FIELDS), takes, f.width), f.kind)
+        self.before = [NO_PITCH] * takes   # the pitch of the row before
 
     def spread(self, takes: int):
         "From one take `takes` that remember the same; what was heard last can be asked of each."
         if self.says.shape[1] != 1: raise ValueError(f"{self.says.shape[1]} takes cannot be spread; one can")
         self.below, self.c = ([a.repeat(takes, 0) for a in memory] for memory in (self.below, self.c))
-        self.says = self.says.repeat(takes, 1)
+        self.says, self.before = self.says.repeat(takes, 1), self.before * takes
 
     def hear(self, seen: np.ndarray, held: np.ndarray):
         "One step from (n, 10) ids of `SEEN` and (n, 128) sounding pitches."
         f, H, x = self.folded, self.folded.hidden, None
         gates = np.add.reduce(f.table.take(seen, 0), 1)
         for row, sounding in zip(gates, held): row += np.add.reduce(f.hears.take(sounding.nonzero()[0], 0), 0)
+        self.before = (seen[:, 3] - f.tables.seen_at[3]).tolist()
+        if f.near is not None: _add_near(gates, f.near, held, self.before)
         gates += self.base
         for k, times in enumerate(f.times):
             below = self.below[k]
@@ -210,12 +223,22 @@ class Decoder:
         head, z = self.folded.heads[field], self.says[FIELDS.index(field)]
         if head.known is not None: z = z + head.known.take(chosen[:, :KNOWN[field]], 0).sum(1)
         if head.hears is not None: z = z + held.astype(self.folded.kind) @ head.hears
+        latest = (chosen[:, 5] - self.folded.tables.chosen_at[5]).tolist() if field == "pitch" else ()
+        if head.near is not None:
+            _add_near(z, head.near, held, [p if p < NO_PITCH else before for p, before in zip(latest, self.before)])
         found = np.maximum(z, 0) @ head.out
         if field != "pitch": return found + head.bias
-        scores = found[:, :PITCHES] + head.bias
-        for row, latest in enumerate((chosen[:, 5] - self.folded.tables.chosen_at[5]).tolist()):
-            if latest < NO_PITCH: scores[row] += found[row, 2 * PITCHES - 1 - latest:][:PITCHES]
+        scores, steps = found[:, :PITCHES] + head.bias, found[:, PITCHES:]
+        for row, pitch in enumerate(latest):
+            if pitch < NO_PITCH: scores[row] += steps[row, PITCHES - 1 - pitch:][:PITCHES]
+        if steps.shape[1] > 2 * PITCHES: self._add_chords(scores, steps[:, 2 * PITCHES - 1:], chosen)
         return scores
+
+    def _add_chords(self, scores: np.ndarray, steps: np.ndarray, chosen: np.ndarray):
+        "Adds the scores of intervals from the row before, where it sounds at the same step."
+        together = chosen[:, 0] == self.folded.tables.chosen_at[0]
+        for row, pitch in enumerate(self.before):
+            if together[row] and pitch < NO_PITCH: scores[row] += steps[row, PITCHES - 1 - pitch:][:PITCHES]
 
     def part_scores(self, chosen: np.ndarray, held: np.ndarray, parts: np.ndarray) -> np.ndarray:
         "(n, p) scores of pointing at each part, from the (n, p, 4) ids that describe them."

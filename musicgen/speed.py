@@ -31,7 +31,6 @@ from .decoder import Decoder, numeric_path
 from .generate import Request, Studio, generate, read_studio
 from .sound import encode_audio, synthesize
 from .score import DURATION, ONSET, Score, grid_loss, read_midi, transpose, write_midi
-from .sight import KNOWN
 from .tokens import FIELDS, Vocab, encode
 
 # %% ../nbs/81_speed.ipynb #8cb8da0a
@@ -323,21 +322,15 @@ class _Stepped:
         import torch
         told = np.broadcast_to(self.told, (len(seen), len(self.told)))
         with torch.inference_mode():
-            x = self.model.seen(torch.from_numpy(np.concatenate([seen, told], 1)))
-            x = x + self.model.hears(torch.from_numpy(held).float())
+            ids = torch.from_numpy(np.concatenate([seen, told], 1))
+            x, self.before = self.model.heard(ids, torch.from_numpy(held)), ids[:, 3] - self.model.before_at
             h, self.state = self.model.tower(x[:, None], self.state)
         self.h = h[:, 0]
 
     def scores(self, field: str, chosen: np.ndarray, held: np.ndarray | None) -> np.ndarray:
         import torch
-        from musicgen.model import from_intervals
-        head, model = self.model.heads[field], self.model
-        ids = torch.from_numpy(chosen)
-        with torch.inference_mode():
-            z = head.bent(self.h, ids[:, :KNOWN.get(field, 0)], None if held is None else torch.from_numpy(held).float())
-            found = head.out(z)
-            if field == "pitch": found = found + from_intervals(model.interval(z), ids[:, 5] - model.latest_at)
-        return found.numpy()
+        sounding = None if held is None else torch.from_numpy(held).float()
+        with torch.inference_mode(): return self.model.says(field, self.h, torch.from_numpy(chosen), sounding, self.before).numpy()
 
     def part_scores(self, chosen: np.ndarray, held: np.ndarray, parts: np.ndarray) -> np.ndarray:
         import torch
@@ -348,7 +341,7 @@ def _naive(studio: Studio) -> Studio:
     "The studio, played by its torch model."
     from musicgen.model import load_model
     other = replace(studio)
-    other._decoder = _Stepped(load_model(studio.path)[0])
+    other._decoders = dict(fp32=_Stepped(load_model(studio.path)[0]))
     return other
 
 # %% ../nbs/81_speed.ipynb #5953fc9e

@@ -119,6 +119,7 @@ def train(
     groove: float,     # how often drums are laid under a piece that has none
     seed: int = 0,
     init_from: str = "",   # a model to begin with, or "shipped"; empty: from nothing
+    relative: bool = True, # hears what sounds as intervals, too
 ) -> list[dict]:
     "The history, one line a round; the model's folder holds the weights of the best one."
     corpus, best = Corpus(layout), read_best(layout)
@@ -126,7 +127,7 @@ def train(
         raise Refusal(f"{layout.best} was tuned on another corpus; run the tune stage again")
     plan = plan_for(best, notes, rounds, patience, groove, seed)
     torch.manual_seed(seed)
-    shape = MusicLSTMConfig(hidden, layers, head, dropout, corpus.vocab, corpus.sources)
+    shape = MusicLSTMConfig(hidden, layers, head, dropout, corpus.vocab, corpus.sources, relative)
     model, init = MusicLSTM(shape), {}
     if init_from:
         model, init = descend(layout, init_from, corpus)

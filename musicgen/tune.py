@@ -88,7 +88,7 @@ def _measure(layout: Layout, settings: dict, trial, point: dict) -> float:
     "The validation loss of one point, in nats per note."
     import optuna
     corpus, seed, hidden = Corpus(layout), settings["seed"], settings["hidden"]
-    shape = MusicLSTMConfig(hidden=hidden, head=hidden // 2, vocab=corpus.vocab, sources=corpus.sources)
+    shape = MusicLSTMConfig(hidden=hidden, head=hidden, vocab=corpus.vocab, sources=corpus.sources)
     plan = plan_of(point, settings["notes"], seed, PARTS if settings["sampler"] == "tpe" else 1)
     def after(number, history):
         if number + 1 == plan.rounds: return
