@@ -166,14 +166,15 @@ class MusicLSTM(nn.Module):
         )
         self.hears = nn.Linear(128, hidden, bias=False)
         self.tower = Tower(hidden, config.layers, config.dropout)
-        self.heads = nn.ModuleDict(
-            {f: Head(hidden, head, known[f], outs[f], f in ("part", "pitch"), config.relative and f == "pitch") for f in FIELDS}
-        )
+        self.heads = nn.ModuleDict({
+            f: Head(hidden, head, known[f], outs[f], f in ("part", "pitch"), config.relative and f == "pitch")
+            for f in FIELDS})
         self.interval = nn.Linear(head, 255, bias=False)
         self.near, self.chord = None, None
         if config.relative:
             self.near, self.chord = nn.Linear(255, hidden, bias=False), nn.Linear(head, 255, bias=False)
-        self.latest_at, self.before_at, self.now_at = int(tables.chosen_at[5]), int(tables.seen_at[3]), int(tables.chosen_at[0])
+        self.before_at = int(tables.seen_at[3])     # the ids of pitch 0, of the row before
+        self.now_at, self.latest_at = int(tables.chosen_at[0]), int(tables.chosen_at[5])   # of shift 0, of pitch 0
         self.parts = nn.EmbeddingBag(
             1 + sum(tables.parts.values()), head, mode="sum", padding_idx=0
         )
@@ -182,45 +183,6 @@ class MusicLSTM(nn.Module):
                 nn.init.normal_(bag.weight, std=0.1)
                 with torch.no_grad():
                     bag.weight[0] = 0
-
-    def heard(self, seen: Tensor, held: Tensor) -> Tensor:
-        "(N, H) what the tower is given, from (N, K) ids and (N, 128) pitches that sound."
-        held = held.float()
-        x = self.seen(seen) + self.hears(held)
-        if self.near is None: return x
-        return x + self.near(to_intervals(held, seen[:, 3] - self.before_at))
-
-    def hidden(self, batch: Batch, state=None, rng=None):
-        "(B, T, H) hidden states, and the state to carry on with."
-        x = self.heard(batch.seen.flatten(0, 1), batch.held.flatten(0, 1))
-        if state is not None:
-            state = [tuple(s * ~batch.fresh[None, :, None] for s in pair) for pair in state]
-        return self.tower(x.view(*batch.seen.shape[:2], -1), state, rng)
-
-    def says(self, field: str, h: Tensor, chosen: Tensor, held: Tensor, before: Tensor) -> Tensor:
-        """What a head says of N rows, (N, V) scores; that of the part says to what it points, (N, head).
-
-        Of h (N, H), chosen (N, 9), held (N, 128), all as floats or ids, and the (N,) pitches of the rows before."""
-        head, latest = self.heads[field], chosen[:, 5] - self.latest_at
-        near = None
-        if head.near is not None: near = to_intervals(held, torch.where(latest < NO_PITCH, latest, before))
-        z = head.bent(h, chosen[:, : KNOWN.get(field, 0)], held, near)
-        if field != "pitch": return head.out(z)
-        found = head.out(z) + from_intervals(self.interval(z), latest)
-        if self.chord is None: return found
-        together = torch.where(chosen[:, 0] == self.now_at, before, NO_PITCH)
-        return found + from_intervals(self.chord(z), together)
-
-    def scores(self, h: Tensor, batch: Batch) -> dict[str, Tensor]:
-        "Scores (N, V) of each field of N rows, those of the part over the ensemble; rows are flattened."
-        chosen, held = batch.chosen.flatten(0, 1), batch.held_now.flatten(0, 1).float()
-        before = batch.seen.flatten(0, 1)[:, 3] - self.before_at
-        found = {f: self.says(f, h.flatten(0, 1), chosen, held, before) for f in FIELDS}
-        N, P = batch.away.flatten(0, 1).shape
-        keys = self.parts(batch.parts.view(N * P, -1)).view(N, P, -1)
-        found["part"] = torch.einsum("nk,npk->np", found["part"], keys) / keys.shape[-1] ** 0.5
-        found["part"] = found["part"].masked_fill(batch.away.flatten(0, 1), -1e9)
-        return found
 
     def forward(self, batch: Batch, state=None, rng=None) -> tuple[Tensor, list]:
         """(N, 5) negative log-likelihoods in nats, 0 where there is nothing to choose, and the state.
@@ -233,6 +195,51 @@ class MusicLSTM(nn.Module):
             for k, f in enumerate(FIELDS)
         ]
         return torch.stack(nats, 1), state
+
+# %% ../nbs/18_model.ipynb #cbe883fe
+def _heard(self, seen: Tensor, held: Tensor) -> Tensor:
+    "(N, H) what the tower is given, from (N, K) ids and (N, 128) pitches that sound."
+    held = held.float()
+    x = self.seen(seen) + self.hears(held)
+    if self.near is None: return x
+    return x + self.near(to_intervals(held, seen[:, 3] - self.before_at))
+
+def _hidden(self, batch: Batch, state=None, rng=None):
+    "(B, T, H) hidden states, and the state to carry on with."
+    x = self.heard(batch.seen.flatten(0, 1), batch.held.flatten(0, 1))
+    if state is not None:
+        state = [tuple(s * ~batch.fresh[None, :, None] for s in pair) for pair in state]
+    return self.tower(x.view(*batch.seen.shape[:2], -1), state, rng)
+
+MusicLSTM.heard, MusicLSTM.hidden = _heard, _hidden
+
+# %% ../nbs/18_model.ipynb #97b8b629
+def _says(self, field: str, h: Tensor, chosen: Tensor, held: Tensor, before: Tensor) -> Tensor:
+    """What a head says of N rows, (N, V) scores; that of the part says to what it points, (N, head).
+
+    Of h (N, H), chosen (N, 9), held (N, 128), all as floats or ids, and the (N,) pitches of the rows before."""
+    head, latest = self.heads[field], chosen[:, 5] - self.latest_at
+    near = None
+    if head.near is not None: near = to_intervals(held, torch.where(latest < NO_PITCH, latest, before))
+    z = head.bent(h, chosen[:, : KNOWN.get(field, 0)], held, near)
+    if field != "pitch": return head.out(z)
+    found = head.out(z) + from_intervals(self.interval(z), latest)
+    if self.chord is None: return found
+    together = torch.where(chosen[:, 0] == self.now_at, before, NO_PITCH)
+    return found + from_intervals(self.chord(z), together)
+
+def _scores(self, h: Tensor, batch: Batch) -> dict[str, Tensor]:
+    "Scores (N, V) of each field of N rows, those of the part over the ensemble; rows are flattened."
+    chosen, held = batch.chosen.flatten(0, 1), batch.held_now.flatten(0, 1).float()
+    before = batch.seen.flatten(0, 1)[:, 3] - self.before_at
+    found = {f: self.says(f, h.flatten(0, 1), chosen, held, before) for f in FIELDS}
+    N, P = batch.away.flatten(0, 1).shape
+    keys = self.parts(batch.parts.view(N * P, -1)).view(N, P, -1)
+    found["part"] = torch.einsum("nk,npk->np", found["part"], keys) / keys.shape[-1] ** 0.5
+    found["part"] = found["part"].masked_fill(batch.away.flatten(0, 1), -1e9)
+    return found
+
+MusicLSTM.says, MusicLSTM.scores = _says, _scores
 
 # %% ../nbs/18_model.ipynb #9944775a
 def save_model(
