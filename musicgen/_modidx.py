@@ -1063,6 +1063,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'musicgen.test._kept': ('test.html#_kept', 'musicgen/test.py'),
                                'musicgen.test._likely': ('test.html#_likely', 'musicgen/test.py'),
                                'musicgen.test._lines': ('test.html#_lines', 'musicgen/test.py'),
+                               'musicgen.test._manner': ('test.html#_manner', 'musicgen/test.py'),
                                'musicgen.test._obeyed': ('test.html#_obeyed', 'musicgen/test.py'),
                                'musicgen.test._ranged': ('test.html#_ranged', 'musicgen/test.py'),
                                'musicgen.test._read': ('test.html#_read', 'musicgen/test.py'),

@@ -156,11 +156,18 @@ def _how_it_does(found: dict, test: dict, name: str) -> str:
         exact, near = (_ranged(key[k], "value") for k in ("exact", "near"))
         out += [f"Key, of {key['exact']['of']} takes: exact {exact}; it, its relative or a fifth from it "
                 f"{near}. Density heard over density asked: median {dense['median']:.2f}, half of the takes "
-                f"{dense['low']:.2f} to {dense['high']:.2f}."]
+                f"{dense['low']:.2f} to {dense['high']:.2f}." + _manner(found["obedience"].get("manner"))]
     else: out += ["It has not been evaluated."]
     measured = test.get("measurements", {}).get(f"{name}-{test.get('corpus')}")
     if test.get("model") != name or not measured: return "\n\n".join([*out, "It has not been tested."])
     return "\n\n".join([*out, _likely("test", measured["likelihood"]), _verdict(test["gates"])])
+
+def _manner(manner: dict | None) -> str:
+    "How many takes that were asked for a source's manner are in it, where that was measured."
+    if not manner or not manner["takes"]["of"] or not manner["real"]["of"]: return ""
+    return (f" Manner, of {manner['takes']['of']} takes that were asked for that of a source: "
+            f"{_ranged(manner['takes'], 'value')} are heard as that source's by n-grams of all of them; "
+            f"of real pieces {manner['real']['value']:.2f}, by chance {1 / len(manner['sources']):.2f}.")
 
 def _verdict(gates: list[dict]) -> str:
     "The gates, and how many fail."
