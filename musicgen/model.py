@@ -29,15 +29,13 @@ from .tokens import FIELDS, Vocab
 class MusicLSTMConfig:
     "The shape of a model, and the vocabulary and sources it speaks of."
 
-    hidden: int = 256  # width of the LSTM
-    layers: int = 2  # LSTMs on top of each other, each adding to the one below
-    head: int = 256  # width of the heads
-    dropout: float = (
-        0.1  # of hidden states while training, the same units for all steps of a window
-    )
+    hidden: int = 256      # width of the LSTM
+    layers: int = 2        # LSTMs on top of each other, each adding to the one below
+    head: int = 256        # width of the heads
+    dropout: float = 0.1   # of hidden states while training, the same units for all steps of a window
     vocab: Vocab = Vocab()
-    sources: tuple[str, ...] = ()  # data sets it has been trained on: what `style` may name
-    relative: bool = True   # hears what sounds as intervals, too, and scores intervals within a step
+    sources: tuple[str, ...] = ()   # data sets it has been trained on: what `style` may name
+    relative: bool = True  # hears what sounds as intervals, too, and scores intervals within a step
 
     @classmethod
     def from_dict(cls, found: dict) -> "MusicLSTMConfig":
@@ -70,23 +68,15 @@ class Batch(NamedTuple):
 def collate(windows: list[Ids], fresh: list[bool], length: int) -> Batch:
     "Windows of at most `length` steps, padded to one size."
     size, most = len(windows), max(w.away.shape[1] for w in windows)
-    wide = {
-        "seen": 15 + most,
-        "held": 128,
-        "chosen": 9,
-        "held_now": 128,
-        "parts": most,
-        "away": most,
-        "target": 5,
-    }
+    wide = dict(seen=15 + most, held=128, chosen=9, held_now=128, parts=most, away=most, target=5)
     out = []
     for name in Ids._fields:
         first = getattr(windows[0], name)
         shape = (size, length, wide[name], *first.shape[2:])
         full = np.full(shape, {"target": -1, "away": True}.get(name, 0), first.dtype)
-        for k, w in enumerate(windows):
-            a = getattr(w, name)
-            full[k, : len(a), : a.shape[1]] = a
+        for k, window in enumerate(windows):
+            found = getattr(window, name)
+            full[k, : len(found), : found.shape[1]] = found
         out.append(torch.from_numpy(full))
     return Batch(*out, torch.tensor(fresh))
 
@@ -103,13 +93,12 @@ class Tower(nn.Module):
         after = []
         for k, lstm in enumerate(self.lstms):
             h, new = lstm(self._locked(x, rng), state[k] if state else None)
-            x = x + h if k else h  # the first is not residual: its input is a table
+            x = x + h if k else h   # the first is not residual: its input is a table
             after.append(new)
         return self._locked(x, rng), after
 
     def _locked(self, x: Tensor, rng=None) -> Tensor:
-        if not self.training or not self.dropout:
-            return x
+        if not self.training or not self.dropout: return x
         keep = torch.rand(x.shape[0], 1, x.shape[2], generator=rng, device=x.device) >= self.dropout
         return x * keep / (1 - self.dropout)
 
@@ -161,9 +150,8 @@ class MusicLSTM(nn.Module):
         chosen = 1 + np.cumsum(list(tables.chosen.values()))
         known = {"shift": 0} | {name: int(chosen[k - 1]) for name, k in KNOWN.items()}
         outs = dict(zip(FIELDS, (vocab.end + 1, head, *vocab.sizes[2:])))
-        self.seen = nn.EmbeddingBag(
-            1 + sum(tables.seen.values()), hidden, mode="sum", padding_idx=0
-        )
+        bag = lambda ids, width: nn.EmbeddingBag(1 + sum(ids.values()), width, mode="sum", padding_idx=0)
+        self.seen = bag(tables.seen, hidden)
         self.hears = nn.Linear(128, hidden, bias=False)
         self.tower = Tower(hidden, config.layers, config.dropout)
         self.heads = nn.ModuleDict({
@@ -175,14 +163,10 @@ class MusicLSTM(nn.Module):
             self.near, self.chord = nn.Linear(255, hidden, bias=False), nn.Linear(head, 255, bias=False)
         self.before_at = int(tables.seen_at[3])     # the ids of pitch 0, of the row before
         self.now_at, self.latest_at = int(tables.chosen_at[0]), int(tables.chosen_at[5])   # of shift 0, of pitch 0
-        self.parts = nn.EmbeddingBag(
-            1 + sum(tables.parts.values()), head, mode="sum", padding_idx=0
-        )
-        for bag in self.modules():
-            if isinstance(bag, nn.EmbeddingBag):
-                nn.init.normal_(bag.weight, std=0.1)
-                with torch.no_grad():
-                    bag.weight[0] = 0
+        self.parts = bag(tables.parts, head)
+        for table in (m for m in self.modules() if isinstance(m, nn.EmbeddingBag)):
+            nn.init.normal_(table.weight, std=0.1)
+            with torch.no_grad(): table.weight[0] = 0   # nothing
 
     def forward(self, batch: Batch, state=None, rng=None) -> tuple[Tensor, list]:
         """(N, 5) negative log-likelihoods in nats, 0 where there is nothing to choose, and the state.
@@ -190,10 +174,8 @@ class MusicLSTM(nn.Module):
         `rng` is the torch.Generator that draws dropout; None: torch's own."""
         h, state = self.hidden(batch, state, rng)
         scores, target = self.scores(h, batch), batch.target.flatten(0, 1)
-        nats = [
-            F.cross_entropy(scores[f].float(), target[:, k], ignore_index=-1, reduction="none")
-            for k, f in enumerate(FIELDS)
-        ]
+        nats = [F.cross_entropy(scores[f].float(), target[:, k], ignore_index=-1, reduction="none")
+                for k, f in enumerate(FIELDS)]
         return torch.stack(nats, 1), state
 
 # %% ../nbs/18_model.ipynb #cbe883fe
@@ -241,7 +223,7 @@ def _scores(self, h: Tensor, batch: Batch) -> dict[str, Tensor]:
 
 MusicLSTM.says, MusicLSTM.scores = _says, _scores
 
-# %% ../nbs/18_model.ipynb #9944775a
+# %% ../nbs/18_model.ipynb #96ccfab8
 def save_model(
     model: MusicLSTM,
     path: str | Path,  # the `.pt`; the `.safetensors` lies beside it
@@ -251,19 +233,16 @@ def save_model(
 
     Numbers are rounded to fp16, which halves the files; they are computed with as fp32."""
     from safetensors.numpy import save
-
     weights = {k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}
     plain = {k: v.numpy() for k, v in weights.items()}
     about = dict(config=model.config.as_dict(), provenance=provenance or {}, hash=model_hash(plain))
     buffer = io.BytesIO()
     torch.save(about | dict(weights=weights, vocab=asdict(model.config.vocab)), buffer)
     write_atomic(path, buffer.getvalue())
-    write_atomic(
-        Path(path).with_suffix(".safetensors"), save(plain, {"musicgen": json.dumps(about)})
-    )
+    write_atomic(Path(path).with_suffix(".safetensors"), save(plain, {"musicgen": json.dumps(about)}))
     return about["hash"]
 
-# %% ../nbs/18_model.ipynb #b9f56e7c
+# %% ../nbs/18_model.ipynb #9944775a
 def _from_safetensors(path: str | Path) -> dict:
     "What stands in a `.safetensors` of ours, its weights among it."
     from safetensors import SafetensorError, safe_open
@@ -284,16 +263,8 @@ def load_model(
         else: found = torch.load(path, map_location="cpu", weights_only=True)
         model = MusicLSTM(MusicLSTMConfig.from_dict(found["config"]))
         model.load_state_dict(found["weights"])
-    except (
-        RuntimeError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        ValueError,
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-    ) as e:
+    except (RuntimeError, KeyError, TypeError, AttributeError, EOFError, ValueError,
+            zipfile.BadZipFile, pickle.UnpicklingError) as e:
         reason = (str(e) or type(e).__name__).splitlines()[0][:120]
         raise Refusal(f"{path} is not a MusicLSTM that can be read: {reason}") from None
     return model.eval(), found["provenance"]
