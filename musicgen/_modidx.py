@@ -780,6 +780,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'musicgen.records._Clock.__call__': ('records.html#_clock.__call__', 'musicgen/records.py'),
                                   'musicgen.records._Clock.__init__': ('records.html#_clock.__init__', 'musicgen/records.py'),
                                   'musicgen.records._bernoulli': ('records.html#_bernoulli', 'musicgen/records.py'),
+                                  'musicgen.records._beside': ('records.html#_beside', 'musicgen/records.py'),
                                   'musicgen.records._check': ('records.html#_check', 'musicgen/records.py'),
                                   'musicgen.records._learn': ('records.html#_learn', 'musicgen/records.py'),
                                   'musicgen.records._nats': ('records.html#_nats', 'musicgen/records.py'),

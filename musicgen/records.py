@@ -272,12 +272,17 @@ def records(
         for seed in seeds:
             same = lambda row: (row["set"], row["seed"], row["setting"]) == (name, seed, asdict(setting))
             if any(map(same, rows)): continue
-            row = _learn(layout, name, path, setting, seed) | known
+            row = _learn(layout, name, path, setting, seed) | known | _beside(name)
             rows = [r for r in rows if (r["set"], r["seed"]) != (name, seed)] + [row]
             write_atomic(out, json.dumps(rows, indent=1))
             print(f"records: {name}, seed {seed}: {row['test']:.2f} nats per frame", flush=True)
     if sets and not rows: raise Refusal(f"none of the sets {', '.join(sets)} is in {layout.frames}")
     return rows
+
+def _beside(name: str) -> dict[str, float]:
+    "What was published of a set, and what is aimed at."
+    k = SETS.index(name)
+    return dict(rnn_nade=PUBLISHED["rnn_nade"][k], aim=AIMS[k])
 
 def _setting(name: str, values: dict) -> Setting:
     "The setting of a set. Refuses a set that is none, and a value that no setting has."
