@@ -283,7 +283,7 @@ class Run:
     def perform(self, stage: Stage):
         "Run one stage: its page becomes `NN_stage.ipynb`, or `NN_stage.failed.ipynb`."
         os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel of this Python, not another's
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see 18_model: torch must not spin
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see 19_model: torch must not spin
         import papermill  # takes seconds: only when something runs
         page, running, failed, log = pages = [
             self.page(stage, f"{e}") for e in (".ipynb", ".running.ipynb", ".failed.ipynb", ".log")]

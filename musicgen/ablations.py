@@ -27,6 +27,19 @@ class _NoIntervals(MusicLSTM):
         super().__init__(config)
         self.interval.weight.requires_grad_(False).zero_()
 
+class _NotRelative(_NoIntervals):
+    "What sounds is heard as pitches only, too."
+    def __init__(self, config: MusicLSTMConfig):
+        super().__init__(config)
+        for layer in (self.near, self.chord, self.heads["pitch"].near): layer.weight.requires_grad_(False).zero_()
+
+class _NoEcho(MusicLSTM):
+    "What followed the last time is not told."
+    def forward(self, batch: Batch, *rest):
+        parts = batch.parts.clone()
+        parts[..., 4] = 0
+        return super().forward(batch._replace(recall=0 * batch.recall, echo=0 * batch.echo, parts=parts), *rest)
+
 class _Deaf(MusicLSTM):
     "What sounds is not heard: neither by the LSTM nor by the heads."
     def forward(self, batch: Batch, *rest):
@@ -85,8 +98,9 @@ VARIANTS = {
     "heads twice as wide": (MusicLSTM, dict(head=2.0), {}),
     "layer norm": (_with_tower(_NormedTower), {}, {}),
     "no residual": (_with_tower(_PlainTower), {}, {}),
-    "not relative": (MusicLSTM, dict(relative=False), {}),
+    "no echo": (_NoEcho, {}, {}),
     "no intervals": (_NoIntervals, {}, {}),
+    "not relative": (_NotRelative, {}, {}),
     "deaf to what sounds": (_Deaf, {}, {}),
     "controls untold": (_Untold, {}, {}),
     "no augmentation": (MusicLSTM, {}, dict(augment=NOTHING)),

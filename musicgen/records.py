@@ -23,7 +23,7 @@ from .learner import Plan, _crew, _one_thread, fit
 from .model import Batch, MusicLSTM, MusicLSTMConfig, collate
 from .repertoire import cut
 from .score import PITCHES
-from .sight import BEATS, NOBODY, NO_PITCH, Ids, Tables
+from .sight import BEATS, NOBODY, NO_PITCH, Ids, Tables, _echoed, still
 from .tokens import FIELDS, SHIFT, Vocab
 
 # %% ../nbs/80_records.ipynb #f4899d6e
@@ -95,6 +95,13 @@ def _stayed(top: np.ndarray) -> np.ndarray:
     new = np.append(True, top[1:] != top[:-1])
     return at - np.maximum.accumulate(np.where(new, at, 0))
 
+def _echoes(shift: np.ndarray, pitch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "(n + 1, 4) and (n + 1, 5, 2): what is recalled before each row of a single part, and what still holds of it."
+    rows = np.zeros((len(shift) + 1, len(FIELDS)), np.int64)
+    rows[:-1, SHIFT], rows[:-1, PITCH] = shift, pitch
+    echo = _echoed(rows[:-1])
+    return _TABLES.recalled(echo, np.append(NO_PITCH, pitch)), still(echo, rows)
+
 def as_ids(roll: np.ndarray, by: int = 0) -> Ids:
     "The rows of a piano roll bool (frames, 88), moved up by `by` semitones. The first frame is no target."
     full, frame, pitch, place = _placed(roll, by)
@@ -117,14 +124,16 @@ def as_ids(roll: np.ndarray, by: int = 0) -> Ids:
     held[0] = held_now[n] = False
     target = np.full((n + 1, 5), -1)
     target[:n, SHIFT], target[:n, PITCH] = shift, pitch
+    recall, holds = _echoes(shift, pitch)
     target[:n][frame == 0] = -1
-    return Ids(seen, held, chosen + _TABLES.chosen_at, held_now, np.ones((n + 1, 1, 4), np.int64),
+    return Ids(seen, recall, held, chosen + _TABLES.chosen_at, held_now, np.ones((n + 1, 1, 5), np.int64), holds,
                np.zeros((n + 1, 1), bool), target)
 
 # %% ../nbs/80_records.ipynb #3bd544bb
 class FrameLSTM(MusicLSTM):
     "`MusicLSTM` on frames: pitches outside the keyboard, or not below the one before in a frame, are no choice."
 
+    fields = ("shift", "pitch")   # a frame has no parts, durations and velocities
     def scores(self, h, batch: Batch) -> dict[str, torch.Tensor]:
         "As `MusicLSTM.scores`, with the scores of what cannot be at -1e9."
         found = super().scores(h, batch)

@@ -318,24 +318,25 @@ class _Stepped:
         self.takes = takes
         if self.state: self.state = [tuple(s.repeat(1, takes, 1) for s in pair) for pair in self.state]
 
-    def hear(self, seen: np.ndarray, held: np.ndarray):
+    def hear(self, seen: np.ndarray, recall: np.ndarray, held: np.ndarray):
         import torch
         told = np.broadcast_to(self.told, (len(seen), len(self.told)))
         with torch.inference_mode():
             ids = torch.from_numpy(np.concatenate([seen, told], 1))
-            x, self.before = self.model.heard(ids, torch.from_numpy(held)), ids[:, 3] - self.model.before_at
+            x, self.before = self.model.heard(ids, torch.from_numpy(recall), torch.from_numpy(held)), ids[:, 3] - self.model.before_at
             h, self.state = self.model.tower(x[:, None], self.state)
         self.h = h[:, 0]
 
-    def scores(self, field: str, chosen: np.ndarray, held: np.ndarray | None) -> np.ndarray:
+    def scores(self, field: str, echo: np.ndarray, chosen: np.ndarray, held: np.ndarray | None) -> np.ndarray:
         import torch
         sounding = None if held is None else torch.from_numpy(held).float()
-        with torch.inference_mode(): return self.model.says(field, self.h, torch.from_numpy(chosen), sounding, self.before).numpy()
+        with torch.inference_mode():
+            return self.model.says(field, self.h, torch.from_numpy(chosen), torch.from_numpy(echo), sounding, self.before).numpy()
 
-    def part_scores(self, chosen: np.ndarray, held: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    def part_scores(self, parts: np.ndarray, *asked) -> np.ndarray:
         import torch
         with torch.inference_mode(): keys = self.model.parts(torch.from_numpy(parts).flatten(0, 1)).view(*parts.shape[:2], -1).numpy()
-        return np.einsum("nk,npk->np", self.scores("part", chosen, held), keys) / self.parts_kept
+        return np.einsum("nk,npk->np", self.scores("part", *asked), keys) / self.parts_kept
 
 def _naive(studio: Studio) -> Studio:
     "The studio, played by its torch model."
@@ -366,12 +367,17 @@ def _cached_gpt(hidden: int, layers: int, context: int) -> Callable:
     return step
 
 # %% ../nbs/81_speed.ipynb #62108022
+def _some_step(tables, dice: np.random.Generator, takes: int) -> tuple:
+    "What a decoder hears, drawn: ids of what is seen and recalled, and pitches that sound."
+    drawn = lambda sizes, at, n: at[:n] + dice.integers(0, list(sizes.values())[:n], (takes, n))
+    return drawn(tables.seen, tables.seen_at, 10), drawn(tables.recall, tables.recall_at, 4), dice.random((takes, 128)) < 0.03
+
 def _step_figures(studio: Studio, rounds: int, steps: int = 40) -> list[Figure]:
     "One step of the decoder, beside nn.LSTM, beside the products alone, and beside a Transformer with a cache."
     from threadpoolctl import threadpool_limits
     from musicgen.learner import _one_thread
     dice, decoder, naive = np.random.default_rng(0), studio.decoder(), _naive(studio).decoder()
-    told, seen, held = np.array([1250, 1260]), dice.integers(1, 1200, (1, 10)), dice.random((1, 128)) < 0.03
+    told, step = np.array([1250, 1260]), _some_step(decoder.folded.tables, dice, 1)
     for player in (decoder, naive): player.start(1, told)
     H, layers, width = decoder.folded.hidden, len(decoder.folded.inputs), decoder.folded.width
     shapes = [(H, 4 * H)] + [(2 * H, 4 * H)] * (layers - 1) + [(H, len(FIELDS) * width)]
@@ -382,7 +388,7 @@ def _step_figures(studio: Studio, rounds: int, steps: int = 40) -> list[Figure]:
             for _ in range(steps): way()
         return run
     with threadpool_limits(1, "blas"), _one_thread():
-        laps = race(dict(ours=often(lambda: decoder.hear(seen, held)), naive=often(lambda: naive.hear(seen, held)),
+        laps = race(dict(ours=often(lambda: decoder.hear(*step)), naive=often(lambda: naive.hear(*step)),
                          limit=often(lambda: [x @ m for x, m in products]), gpt=often(gpt)), rounds)
     about = f"{layers} x {H} units, one thread"
     return [Figure("the step, against stepping nn.LSTM", laps["naive"] / laps["ours"], "x", ">= 15", f"{about}; nn.LSTM without any head"),
@@ -418,9 +424,10 @@ def _take_figures(studio: Studio, rounds: int, bars: int = 16) -> list[Figure]:
     with _one_thread():   # torch's threads wait for each other where others play
         laps = race(dict(one=play(one), naive=play(one, naive), same=play(replace(eight, takes=1)), eight=play(eight), heard=heard), rounds)
     decoder, told = studio.decoder(), np.array([1250, 1260])
+    step = _some_step(decoder.folded.tables, np.random.default_rng(0), 1)
     def steps(count):
         decoder.start(1, told)
-        for _ in range(count): decoder.hear(np.full((1, 10), 7), np.zeros((1, 128), bool))
+        for _ in range(count): decoder.hear(*step)
     steps(8)
     grown = _held_most(lambda: steps(1024)) / _held_most(lambda: steps(64))
     whole = [_held_most(play(Request(list(QUARTET), bars=b))) for b in (max(1, bars // 2), 4 * bars)]
@@ -456,11 +463,11 @@ def _int8_figures(studio: Studio, rounds: int, steps: int = 20) -> list[Figure]:
     dice, found = np.random.default_rng(0), []
     players = {p: Decoder(studio.weights, studio.vocab, p) for p in ("fp32", "int8")}
     for n in (1, 8):
-        seen, held = dice.integers(1, 1200, (n, 10)), dice.random((n, 128)) < 0.03
+        step = _some_step(players["fp32"].folded.tables, dice, n)
         def often(player):
             player.start(n, np.array([1250]))
             def run():
-                for _ in range(steps): player.hear(seen, held)   # noqa: B023
+                for _ in range(steps): player.hear(*step)   # noqa: B023
             return run
         with threadpool_limits(1, "blas"): laps = race({p: often(d) for p, d in players.items()}, rounds)
         found.append(Figure("an int8 step, against fp32", laps["fp32"] / laps["int8"], "x", "", f"{n} take{'s' * (n > 1)}"))

@@ -32,15 +32,21 @@ def heard(shipped, tmp_path_factory):
 
 def scores(decoder, ids, t, f):
     "Of one field at one row; those of parts that cannot be chosen are far below."
-    if f != "part": return decoder.scores(f, ids.chosen[[t]], ids.held_now[[t]])[0]
-    found = decoder.part_scores(ids.chosen[[t]], ids.held_now[[t]], ids.parts[[t]])[0]
+    asked = ids.echo[[t], FIELDS.index(f)], ids.chosen[[t]], ids.held_now[[t]]
+    if f != "part": return decoder.scores(f, *asked)[0]
+    found = decoder.part_scores(ids.parts[[t]], *asked)[0]
     return np.where(ids.away[t], -1e9, found)
+
+
+def step(ids, t, takes=1):
+    "What is heard before row `t`."
+    return tuple(a[[t]].repeat(takes, 0) for a in (ids.seen[:, :10], ids.recall, ids.held))
 
 
 def steps(decoder, ids, rows):
     decoder.start(1, ids.seen[0, 10:])
     for t in range(min(rows, len(ids.target))):
-        decoder.hear(ids.seen[[t], :10], ids.held[[t]])
+        decoder.hear(*step(ids, t))
         yield t
 
 
@@ -88,17 +94,18 @@ def test_without_onnxruntime_whole_numbers_are_refused(shipped, monkeypatch):
 def test_takes_part_from_one_memory(shipped, heard, precision):
     ids, first = heard[0], Decoder(*shipped[:2], precision)
     for _ in steps(first, ids, 5): pass
-    before = first.scores("shift", ids.chosen[[4]], ids.held_now[[4]])
+    shift = lambda player, t, takes=1: player.scores("shift", *(a[[t]].repeat(takes, 0) for a in (ids.echo[:, 0], ids.chosen)), None)
+    before = shift(first, 4)
     one, three = first.own(), first.own()
     for other, takes in ((one, 1), (three, 3)):
         other.below, other.c, other.base, other.says = first.below, first.c, first.base, first.says
         other.spread(takes)
-    assert np.allclose(three.scores("shift", np.repeat(ids.chosen[[4]], 3, 0), None), before, atol=1e-4)
-    three.hear(np.repeat(ids.seen[[5], :10], 3, 0), np.repeat(ids.held[[5]], 3, 0))
-    one.hear(ids.seen[[6], :10], ids.held[[6]])
-    assert np.array_equal(first.scores("shift", ids.chosen[[4]], ids.held_now[[4]]), before)   # the first has heard nothing
-    first.hear(ids.seen[[5], :10], ids.held[[5]])
-    together, alone = three.scores("shift", np.repeat(ids.chosen[[5]], 3, 0), None), first.scores("shift", ids.chosen[[5]], None)
+    assert np.allclose(shift(three, 4, 3), before, atol=1e-4)
+    three.hear(*step(ids, 5, 3))
+    one.hear(*step(ids, 6))
+    assert np.array_equal(shift(first, 4), before)   # the first has heard nothing
+    first.hear(*step(ids, 5))
+    together, alone = shift(three, 5, 3), shift(first, 5)
     assert np.allclose(together, alone, atol=0.05 if precision == "int8" else 1e-4)
     with pytest.raises(ValueError): three.spread(2)
 

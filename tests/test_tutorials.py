@@ -9,7 +9,7 @@ import pytest
 SHELF = Path(__file__).resolve().parent.parent / "nbs" / "tutorials"
 TUTORIALS = ["01_your_first_piece", "02_your_own_midis", "03_fine_tune", "04_call_the_api", "05_how_the_model_works"]
 DOORS = {"core", "generate", "render", "sound", "score", "train", "evaluate"}   # what a person needs
-INSIDE = DOORS | {"band", "decoder", "metrics", "rules", "sight", "tokens"}   # and the model's pictures
+INSIDE = DOORS | {"band", "decoder", "echo", "metrics", "rules", "sight", "tokens"}   # and the model's pictures
 LIMIT = 100_000   # bytes of a whole notebook
 
 each = pytest.mark.parametrize("name", TUTORIALS)
