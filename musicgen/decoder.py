@@ -7,9 +7,12 @@ __all__ = ['PRECISIONS', 'read_weights', 'lstm_step', 'Decoder', 'Guided', 'nume
 
 # %% ../nbs/24_decoder.ipynb #70041fb5
 import json
+import math
+from bisect import bisect_right
 from copy import copy
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Callable
 
@@ -114,27 +117,27 @@ def _whole_times(matrix: np.ndarray) -> Callable:
 # %% ../nbs/24_decoder.ipynb #ca1ce7cd
 @dataclass
 class _Head:
-    "One field's head: its tables of what is known and foretold, what it hears, and its scores, with what stands beside them."
-    echo: np.ndarray
-    known: np.ndarray | None
-    hears: np.ndarray | None
-    near: np.ndarray | None
+    "One field's head: one table of all that it may be told, and its scores, with what stands beside them."
+    table: np.ndarray    # what is known, the echo, pitches that sound, and these as intervals
+    known: int           # where the echo's lines begin
+    sounds: int          # where those of pitches begin
+    near: int            # where those of intervals begin
     out: np.ndarray
     bias: np.ndarray
-    size: int     # how many scores there are
+    size: int            # how many scores there are
 
     @classmethod
     def of(cls, weights: dict, field: str, kind: type) -> "_Head":
-        def take(name):
-            found = weights.get(f"heads.{field}.{name}")
-            return None if found is None else found.astype(kind)
+        take = lambda name: weights.get(f"heads.{field}.{name}")
+        tables = [take("known.weight"), take("echo.weight"), take("hears.weight"), take("near.weight")]
+        tables = [np.zeros((0, len(tables[1].T)), kind) if a is None else a.T if k > 1 else a for k, a in enumerate(tables)]
+        starts = np.cumsum([len(a) for a in tables]).tolist()
         out, bias = [take("out.weight")], [take("out.bias")]
         if (trust := take("trust.weight")) is not None: out, bias = [*out, trust], [*bias, take("trust.bias")]
-        if field == "pitch": out += [weights[name].astype(kind) for name in ("interval.weight", "chord.weight")]
-        beside = np.zeros(sum(map(len, out)) - sum(map(len, bias)), kind)
-        turned = lambda a: None if a is None else np.ascontiguousarray(a.T)
-        return cls(take("echo.weight"), take("known.weight"), turned(take("hears.weight")), turned(take("near.weight")),
-                   turned(np.concatenate(out)), np.concatenate([*bias, beside]), len(out[0]))
+        if field == "pitch": out += [weights["interval.weight"], weights["chord.weight"]]
+        bias.append(np.zeros(sum(map(len, out)) - sum(map(len, bias))))
+        kept = lambda a: np.ascontiguousarray(a, kind)
+        return cls(kept(np.concatenate(tables)), *starts[:3], kept(np.concatenate(out).T), kept(np.concatenate(bias)), len(out[0]))
 
 # %% ../nbs/24_decoder.ipynb #bfa5ea43
 PRECISIONS = dict(fp32=np.float32, fp64=np.float64, int8=np.float32)   # what is computed with, products of int8 apart
@@ -149,27 +152,31 @@ class _Folded:
         layers = sum(name.endswith("weight_ih_l0") for name in weights)
         cells = [{k: _turned(weights[f"tower.lstms.{i}.{k}_l0"].T.astype(np.float64))
                   for k in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")} for i in range(layers)]
-        first = cells[0]["weight_ih"]
-        self.table = kept(weights["seen.weight"] @ first)       # folded: ids -> gates
-        self.recall = kept(weights["recall.weight"] @ first)    # folded: echoes -> gates
-        self.hears = kept(weights["hears.weight"].T @ first)    # folded: pitches -> gates
-        self.near = kept(weights["near.weight"].T @ first)      # folded: intervals -> gates
+        told = [weights["seen.weight"], weights["recall.weight"], weights["hears.weight"].T, weights["near.weight"].T]
+        self.table = kept(np.concatenate(told) @ cells[0]["weight_ih"])    # folded: what is told -> gates
+        self.recall, self.sounds, self.near = np.cumsum([len(a) for a in told[:3]]).tolist()   # where their lines begin
         self.bias = [kept(c["bias_ih"] + c["bias_hh"]) for c in cells]
         matrices = [cells[0]["weight_hh"]] + [np.concatenate([c["weight_ih"], c["weight_hh"]]) for c in cells[1:]]
-        states = [(weights[f"heads.{f}.state.weight"].T, weights[f"heads.{f}.state.bias"]) for f in FIELDS]
-        state, self.state_bias = (kept(np.concatenate(a, -1)) for a in zip(*states))
+        self.inputs, self.hidden = [len(m) for m in matrices], len(cells[0]["weight_hh"])
         made = _whole_times if precision == "int8" else lambda matrix: partial(_times, matrix=matrix)
-        *self.times, self.states = (made(kept(m)) for m in (*matrices, state))
-        self.inputs = [len(m) for m in matrices]
+        self.times = [made(kept(m)) for m in matrices]
+        state = lambda part: [weights[f"heads.{f}.state.{part}"].T for f in FIELDS]
+        (first, *later), (bias, *biases) = state("weight"), state("bias")
+        self.states = [(made(kept(first)), kept(bias)), (made(kept(np.concatenate(later, 1))), kept(np.concatenate(biases)))]
         self.heads = {f: _Head.of(weights, f, kind) for f in FIELDS}
-        self.width, self.hidden = len(state.T) // len(FIELDS), len(first)
+        self.width = len(bias)
         self.parts = kept(weights["parts.weight"] / self.width ** 0.5)
 
 # %% ../nbs/24_decoder.ipynb #2fcdc174
-def _add_near(to: np.ndarray, table: np.ndarray, held: np.ndarray, pitches: list[int]):
-    "Adds to each row the vectors of what sounds, as intervals from a pitch; none from `NO_PITCH`."
-    for row, sounding, pitch in zip(to, held, pitches):
-        if pitch < NO_PITCH: row += np.add.reduce(table.take(sounding.nonzero()[0] - pitch + PITCHES - 1, 0), 0)
+def _told(table: np.ndarray, ids: np.ndarray, held: np.ndarray, sounds: int, pitches: list[int], near: int | None) -> np.ndarray:
+    """(n, w) sums of the lines of a table: of (n, k) ids, of the (n, 128) pitches that sound, whose lines begin at `sounds`,
+    and of these as intervals from n pitches (`NO_PITCH`: none), whose lines begin at `near`."""
+    found = np.empty((len(ids), table.shape[1]), table.dtype)
+    for row, line, sounding, pitch in zip(found, ids, held, pitches):
+        heard = sounding.nonzero()[0]
+        also = heard + (near + PITCHES - 1 - pitch) if near is not None and pitch < NO_PITCH else heard[:0]
+        np.add.reduce(table.take(np.concatenate([line, heard + sounds, also]), 0), 0, out=row)
+    return found
 
 # %% ../nbs/24_decoder.ipynb #8b781db1
 class Decoder:
@@ -195,23 +202,20 @@ class Decoder:
         self.below = [np.zeros((takes, size), f.kind) for size in f.inputs]   # what each matrix is given
         self.c = [np.zeros((takes, f.hidden), f.kind) for _ in f.inputs]
         self.base = f.bias[0] + f.table[told].sum(0)
-        self.says = np.zeros((len(FIELDS), takes, f.width), f.kind)
+        self.x, self.says = np.zeros((takes, f.hidden), f.kind), [None, None]   # what the tower says, and the heads make of it
         self.before = [NO_PITCH] * takes   # the pitch of the row before
 
     def spread(self, takes: int):
         "From one take `takes` that remember the same; what was heard last can be asked of each."
-        if self.says.shape[1] != 1: raise ValueError(f"{self.says.shape[1]} takes cannot be spread; one can")
+        if len(self.x) != 1: raise ValueError(f"{len(self.x)} takes cannot be spread; one can")
         self.below, self.c = ([a.repeat(takes, 0) for a in memory] for memory in (self.below, self.c))
-        self.says, self.before = self.says.repeat(takes, 1), self.before * takes
+        self.x, self.says, self.before = self.x.repeat(takes, 0), [None, None], self.before * takes
 
     def hear(self, seen: np.ndarray, recall: np.ndarray, held: np.ndarray):
         "One step from (n, 10) ids of `SEEN`, (n, 4) of an echo and (n, 128) sounding pitches."
-        f, H, x = self.folded, self.folded.hidden, None
-        gates = np.add.reduce(f.table.take(seen, 0), 1)
-        gates += np.add.reduce(f.recall.take(recall, 0), 1)
-        for row, sounding in zip(gates, held): row += np.add.reduce(f.hears.take(sounding.nonzero()[0], 0), 0)
+        f, H = self.folded, self.folded.hidden
         self.before = (seen[:, 3] - f.tables.seen_at[3]).tolist()
-        _add_near(gates, f.near, held, self.before)
+        gates = _told(f.table, np.concatenate([seen, recall + f.recall], 1), held, f.sounds, self.before, f.near)
         gates += self.base
         for k, times in enumerate(f.times):
             below = self.below[k]
@@ -221,26 +225,34 @@ class Decoder:
             h, self.c[k] = lstm_step(summed, self.c[k])
             below[:, -H:] = h
             x = x + h if k else h
-        says = f.states(x)
-        says += f.state_bias
-        self.says = says.reshape(len(seen), len(FIELDS), f.width).swapaxes(0, 1)
+        self.x, self.says = x, [None, None]
+
+    def said(self, field: int) -> np.ndarray:
+        "(n, width) what the tower says to the head of a field; that of the shift is asked alone, the others together."
+        later, width = field > 0, self.folded.width
+        if self.says[later] is None:
+            times, bias = self.folded.states[later]
+            self.says[later] = times(self.x) + bias
+        at = width * (field - later)
+        return self.says[later][:, at:at + width]
 
     def scores(self, field: str, echo: np.ndarray, chosen: np.ndarray, held: np.ndarray) -> np.ndarray:
         "(n, V) scores of a field, from its (n, 2) echo, the (n, k) ids chosen before it, the (n, 128) pitches that sound."
-        head, z = self.folded.heads[field], self.says[FIELDS.index(field)]
-        z = z + head.echo.take(echo, 0).sum(1)
-        if head.known is not None: z = z + head.known.take(chosen[:, :KNOWN[field]], 0).sum(1)
-        if head.hears is not None: z = z + held.astype(self.folded.kind) @ head.hears
-        latest = (chosen[:, 5] - self.folded.tables.chosen_at[5]).tolist() if field == "pitch" else ()
-        if head.near is not None:
-            _add_near(z, head.near, held, [p if p < NO_PITCH else before for p, before in zip(latest, self.before)])
-        found = np.maximum(z, 0) @ head.out
+        head, pitched = self.folded.heads[field], field == "pitch"
+        ids = np.concatenate([chosen[:, :KNOWN.get(field, 0)], echo + head.known], 1)
+        latest = (chosen[:, 5] - self.folded.tables.chosen_at[5]).tolist() if pitched else []
+        if pitched or field == "part":
+            start = [p if p < NO_PITCH else before for p, before in zip(latest or self.before, self.before)]
+            z = _told(head.table, ids, held, head.sounds, start, head.near if pitched else None)
+        else: z = np.add.reduce(head.table.take(ids, 0), 1)
+        z += self.said(FIELDS.index(field))
+        found = np.maximum(z, 0, out=z) @ head.out
         found += head.bias
         scores = found[:, :head.size]
         if field == "part": return scores
         for row, (strength, value) in enumerate(echo.tolist()):
             if strength: scores[row, value - VALUE] += found[row, head.size]
-        if field == "pitch": self._add_steps(scores, found[:, head.size + 1:], latest, chosen)
+        if pitched: self._add_steps(scores, found[:, head.size + 1:], latest, chosen)
         return scores
 
     def _add_steps(self, scores: np.ndarray, steps: np.ndarray, latest: list[int], chosen: np.ndarray):
@@ -315,44 +327,35 @@ def sample(
     top_p: float = 1.0,         # share of the probability that is kept; 1 keeps all
     min_p: float = 0.0,         # kept: as likely as this fraction of the likeliest; 0 keeps all
     top_k: int = 0,             # how many choices are kept; 0 keeps all
-    echo: np.ndarray | None = None,  # (n,) what an echo foretells, -1 for nothing: it is followed or left before anything is cut
+    echo: np.ndarray | None = None,  # (n,) what an echo foretells, -1 for nothing: followed or left before anything is cut
 ) -> np.ndarray:
     "int64 (n,): one choice a row, never one that is not allowed. Refuses a row where nothing is."
     x = np.where(allowed, scores, -np.inf)
     top = x.max(1, keepdims=True)
     if top.min() == -np.inf: raise Refusal("nothing is allowed: the mask of a field is empty")
     if temperature <= 0: return x.argmax(1)
-    if echo is not None and (echo >= 0).any():
-        follows, dice = _followed(x, dice, temperature, echo)
-        return np.where(follows, echo, sample(x, x > -np.inf, dice, temperature, top_p, min_p, top_k))
     p = np.subtract(x, top, dtype=np.float64)
     p /= temperature
     np.exp(p, out=p)                                    # not yet shares: the likeliest is 1
-    if min_p > 0: p *= p >= min_p
-    if top_p < 1 or top_k: _cut_tail(p, top_p, top_k)
-    heap = p.cumsum(1)
-    at = np.minimum(dice * heap[:, -1], np.nextafter(heap[:, -1], 0))
-    return (heap <= at[:, None]).sum(1)
+    foretold = [-1] * len(p) if echo is None else echo.tolist()
+    return np.array([_throw(line, die, top_p, min_p, top_k, e) for line, die, e in zip(p, dice.tolist(), foretold)])
 
 # %% ../nbs/24_decoder.ipynb #149954f2
-def _cut_tail(p: np.ndarray, top_p: float, top_k: int):
-    "Clears what is not among the `top_k` likeliest, or not needed to reach `top_p` of them. Equals stay together."
-    rising = np.sort(p, 1)[:, -top_k:]                  # -0: all of them
-    heap = rising.cumsum(1)
-    tail = (heap <= (1 - top_p) * heap[:, -1:]).sum(1)
-    p *= p >= rising[np.arange(len(p)), tail, None]
+def _throw(p: np.ndarray, die: float, top_p: float, min_p: float, top_k: int, echo: int) -> int:
+    "A choice, from (V,) unscaled probabilities, which are used up."
+    if echo >= 0:
+        share = p[echo] / p.sum()
+        if die < share: return echo
+        die, p[echo] = (die - share) / (1 - share), 0.0
+        p /= p.max()
+    kept = np.flatnonzero(p >= min_p) if min_p else np.flatnonzero(p)
+    heap = list(accumulate(_cut_tail(p[kept].tolist(), top_p, top_k)))
+    return int(kept[bisect_right(heap, min(die * heap[-1], math.nextafter(heap[-1], 0)))])
 
-# %% ../nbs/24_decoder.ipynb #d8e98d06
-def _followed(x: np.ndarray, dice: np.ndarray, temperature: float, echo: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "bool (n,): which rows follow their echo. From the scores of the others it is taken; the dice (n,) that are left are returned."
-    rows = np.flatnonzero(echo >= 0)
-    p = np.exp(np.subtract(x[rows], x[rows].max(1, keepdims=True), dtype=np.float64))
-    mine = p[np.arange(len(rows)), echo[rows]]
-    share, follows, dice = np.zeros(len(x)), np.zeros(len(x), bool), dice.astype(np.float64)
-    p[np.arange(len(rows)), echo[rows]] = 0
-    with np.errstate(divide="ignore", over="ignore"): share[rows] = 1 / (1 + (p.sum(1) / mine) ** (1 / temperature))
-    follows[rows] = dice[rows] < share[rows]
-    left = rows[~follows[rows]]
-    x[left, echo[left]] = -np.inf
-    dice[left] = (dice[left] - share[left]) / (1 - share[left])
-    return follows, dice
+def _cut_tail(p: list[float], top_p: float, top_k: int) -> list[float]:
+    "The same with 0 for what is not among the `top_k` likeliest, or not needed to reach `top_p` of them. Equals stay together."
+    if top_p >= 1 and not top_k: return p
+    rising = sorted(p)[-top_k:]                         # -0: all of them
+    heap = list(accumulate(rising))
+    least = rising[bisect_right(heap, (1 - top_p) * heap[-1])]
+    return [x if x >= least else 0.0 for x in p]

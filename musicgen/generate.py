@@ -94,7 +94,7 @@ class _Player:
         self.before = studio.decoder(request.precision)
         if request.style: self.before = Guided(self.before, STYLE_PULL)
         self.before.start(1, *told)
-        self.known, self.behind = None, []
+        self.known, self.behind, self.loud = None, [], np.arange(self.vocab.sizes[VELOCITY]) > 0
         if request.begun: self._hear_opening(stop)
 
     def _controls(self, studio: Studio) -> list[np.ndarray]:
@@ -135,7 +135,7 @@ class _Player:
     def draw(self, field: int, scores: np.ndarray, masks: Callable, on: np.ndarray, dice: np.ndarray, holds: np.ndarray) -> np.ndarray:
         "One choice a take, as daring as the request says; where a take is not `on` its choice does not count."
         if self.known is not None: return self._weigh(scores, self.known[:, field])
-        allowed = np.stack([m if go else np.ones_like(m) for m, go in zip(masks(), on)])
+        allowed = np.array([m if go else np.ones_like(m) for m, go in zip(masks(), on)])
         return sample(scores, allowed, dice[:, field], *self.choice, np.where(holds[:, 0] > 0, holds[:, 1] - VALUE, -1))
 
 # %% ../nbs/29_generate.ipynb #23a98efc
@@ -155,25 +155,26 @@ def _step(self):
 
 def _note(self, row, sounds, chosen, dice, echo):
     "Part, pitch, duration and velocity for the takes that sound, each knowing those before it."
-    bands, at, v = self.bands, self.tables.chosen_at, self.vocab
+    bands, at = self.bands, self.tables.chosen_at
     held, mine = np.stack([b.held() for b in bands]), list(enumerate(bands))
     def choose(field, masks, more=0):
         holds = still(echo, row)[:, field]
         scores = self.decoder.scores(FIELDS[field], holds, chosen, held) + more
         row[:, field] = self.draw(field, scores, masks, sounds, dice, holds)
-    chosen[:, :3] = np.column_stack([row[:, SHIFT], [b.where() for b in bands]]) + at[:3]
+    for k, b in mine: chosen[k, 0], chosen[k, 1:3] = row[k, SHIFT], b.where()
+    chosen[:, :3] += at[:3]
     holds = still(echo, row)[:, PART]
     parts = described(bands, row[:, SHIFT], holds) + self.tables.parts_at
     scores = self.decoder.part_scores(parts, holds * [1, 0], chosen, held)
     part = row[:, PART] = self.draw(PART, scores, lambda: [may_play(b) for b in bands], sounds, dice, holds)
-    chosen[:, 3:6] = np.array([[*b.who[part[k]], b.latest[part[k]]] for k, b in mine]) + at[3:6]
-    chosen[:, 8] = np.array([b.loud[part[k]] for k, b in mine]) + at[8]
+    for k, b in mine: chosen[k, 3:5], chosen[k, 5], chosen[k, 8] = b.who[part[k]], b.latest[part[k]], b.loud[part[k]]
+    chosen[:, 3:9] += at[3:9]
     pulls = np.stack([pull(b) * b.pitched[part[k]] for k, b in mine]) if self.request.key else 0
     choose(PITCH, lambda: [b.free()[part[k]] for k, b in mine], pulls)
-    chosen[:, 6] = row[:, PITCH] + at[6]
+    chosen[:, 6] += row[:, PITCH]
     choose(DURATION, lambda: [may_last(b, part[k]) for k, b in mine])
-    chosen[:, 7] = row[:, DURATION] + at[7]
-    choose(VELOCITY, lambda: [np.arange(v.sizes[VELOCITY]) > 0] * len(bands))
+    chosen[:, 7] += row[:, DURATION]
+    choose(VELOCITY, lambda: [self.loud] * len(bands))
     for b, on, fields in zip(bands, sounds, row.tolist()):
         if on: b.enter(*fields)
 

@@ -290,9 +290,12 @@ class Tables:
 
     def recalled(self, echo: np.ndarray, before: np.ndarray) -> np.ndarray:
         "(n, 4) ids of (n, 6) echoes: strength, shift, pitch, and its leap from (n,) pitches of the rows before."
-        leap = np.where(before < NO_PITCH, echo[:, PITCH] - before + PITCHES - 1, 2 * PITCHES - 1)
-        heard = np.column_stack([echo[:, -1], echo[:, SHIFT], echo[:, PITCH], leap])
-        return (heard + self.recall_at) * (echo[:, -1:] > 0)
+        heard = echo.take([-1, SHIFT, PITCH, PITCH], 1)
+        heard[:, 3] += PITCHES - 1 - before
+        heard[before >= NO_PITCH, 3] = 2 * PITCHES - 1
+        heard += self.recall_at
+        heard *= echo[:, -1:] > 0
+        return heard
 
 # %% ../nbs/17_sight.ipynb #5f3d47d0
 VALUE = 1 + LEVELS   # the id, in a head's table of echoes, of value 0; before it stand nothing and the strengths
@@ -304,8 +307,9 @@ def still(echo: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     np.equal(echo[:, :-2], chosen[:, :-1], out=agrees[:, 1:])
     np.logical_and.accumulate(agrees, 1, out=agrees)
     holds = np.empty((*chosen.shape, 2), np.int64)
-    holds[..., 0] = echo[:, -1:] * agrees
-    holds[..., 1] = (echo[:, :-1] + VALUE) * agrees
+    holds[..., 0] = echo[:, -1:]
+    np.add(echo[:, :-1], VALUE, out=holds[..., 1])
+    holds *= agrees[..., None]
     return holds
 
 # %% ../nbs/17_sight.ipynb #33ff6757

@@ -379,8 +379,8 @@ def _step_figures(studio: Studio, rounds: int, steps: int = 40) -> list[Figure]:
     dice, decoder, naive = np.random.default_rng(0), studio.decoder(), _naive(studio).decoder()
     told, step = np.array([1250, 1260]), _some_step(decoder.folded.tables, dice, 1)
     for player in (decoder, naive): player.start(1, told)
-    H, layers, width = decoder.folded.hidden, len(decoder.folded.inputs), decoder.folded.width
-    shapes = [(H, 4 * H)] + [(2 * H, 4 * H)] * (layers - 1) + [(H, len(FIELDS) * width)]
+    H, layers = decoder.folded.hidden, len(decoder.folded.inputs)
+    shapes = [(H, 4 * H)] + [(2 * H, 4 * H)] * (layers - 1)
     products = [(np.tanh(dice.standard_normal((1, k), np.float32)), dice.standard_normal((k, m), np.float32)) for k, m in shapes]
     gpt = _cached_gpt(H, layers, 1024)
     def often(way):
@@ -391,7 +391,7 @@ def _step_figures(studio: Studio, rounds: int, steps: int = 40) -> list[Figure]:
         laps = race(dict(ours=often(lambda: decoder.hear(*step)), naive=often(lambda: naive.hear(*step)),
                          limit=often(lambda: [x @ m for x, m in products]), gpt=often(gpt)), rounds)
     about = f"{layers} x {H} units, one thread"
-    return [Figure("the step, against stepping nn.LSTM", laps["naive"] / laps["ours"], "x", ">= 15", f"{about}; nn.LSTM without any head"),
+    return [Figure("the step, against stepping nn.LSTM", laps["naive"] / laps["ours"], "x", ">= 15", f"{about}; both without heads"),
             Figure("the step, of the GEMV limit", laps["limit"] / laps["ours"], "x", ">= 0.7", "the same products and nothing else"),
             Figure("the step, against a Transformer of the same size", laps["gpt"] / laps["ours"], "x", ">= 3", "with a cache of 1,024 notes"),
             Figure("the step", laps["ours"] / steps * 1e6, "us", "", about)]

@@ -98,7 +98,7 @@ def test_takes_part_from_one_memory(shipped, heard, precision):
     before = shift(first, 4)
     one, three = first.own(), first.own()
     for other, takes in ((one, 1), (three, 3)):
-        other.below, other.c, other.base, other.says = first.below, first.c, first.base, first.says
+        other.below, other.c, other.base, other.x = first.below, first.c, first.base, first.x
         other.spread(takes)
     assert np.allclose(shift(three, 4, 3), before, atol=1e-4)
     three.hear(*step(ids, 5, 3))
