@@ -40,6 +40,20 @@ class _NoEcho(MusicLSTM):
         parts[..., 4] = 0
         return super().forward(batch._replace(recall=0 * batch.recall, echo=0 * batch.echo, parts=parts), *rest)
 
+class _Lines(nn.Module):
+    "Scores by some lines of a table, instead of weights of one's own."
+    def __init__(self, table: nn.EmbeddingBag, start: int, size: int):
+        super().__init__()
+        self.table, self.at, self.bias = table, slice(start, start + size), nn.Parameter(torch.zeros(size))
+
+    def forward(self, z): return nn.functional.linear(z, self.table.weight[self.at], self.bias)
+
+class _Tied(MusicLSTM):
+    "A pitch is scored with the vector by which it is seen; heads must be as wide as the LSTM."
+    def __init__(self, config: MusicLSTMConfig):
+        super().__init__(config)
+        head = self.heads["pitch"]
+        head.out = _Lines(self.seen, self.before_at, head.out.out_features)
 class _Deaf(MusicLSTM):
     "What sounds is not heard: neither by the LSTM nor by the heads."
     def forward(self, batch: Batch, *rest):
@@ -96,6 +110,7 @@ VARIANTS = {
     "three layers": (MusicLSTM, dict(layers=3), {}),
     "heads half as wide": (MusicLSTM, dict(head=0.5), {}),
     "heads twice as wide": (MusicLSTM, dict(head=2.0), {}),
+    "tied embeddings": (_Tied, {}, {}),
     "layer norm": (_with_tower(_NormedTower), {}, {}),
     "no residual": (_with_tower(_PlainTower), {}, {}),
     "no echo": (_NoEcho, {}, {}),

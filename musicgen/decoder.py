@@ -338,13 +338,14 @@ def sample(
     p /= temperature
     np.exp(p, out=p)                                    # not yet shares: the likeliest is 1
     foretold = [-1] * len(p) if echo is None else echo.tolist()
-    return np.array([_throw(line, die, top_p, min_p, top_k, e) for line, die, e in zip(p, dice.tolist(), foretold)])
+    return np.array([_throw(line, die, temperature, top_p, min_p, top_k, e) for line, die, e in zip(p, dice.tolist(), foretold)])
 
 # %% ../nbs/24_decoder.ipynb #149954f2
-def _throw(p: np.ndarray, die: float, top_p: float, min_p: float, top_k: int, echo: int) -> int:
-    "A choice, from (V,) unscaled probabilities, which are used up."
+def _throw(p: np.ndarray, die: float, temperature: float, top_p: float, min_p: float, top_k: int, echo: int) -> int:
+    "A choice, from (V,) unscaled probabilities at a temperature; they are used up."
     if echo >= 0:
-        share = p[echo] / p.sum()
+        odds = p ** temperature if temperature < 1 else p     # as the model says, and no tamer
+        share = odds[echo] / odds.sum()
         if die < share: return echo
         die, p[echo] = (die - share) / (1 - share), 0.0
         p /= p.max()
