@@ -18,7 +18,7 @@ from urllib.request import urlopen
 import psutil
 import pytest
 
-from musicgen.core import Layout
+from musicgen.core import SHIPPED
 from musicgen.score import DRUMS, make_score, read_midi, write_midi
 
 PATIENCE = 180  # seconds for anything that may be slow on a busy machine
@@ -101,21 +101,11 @@ def answers(address: str) -> bool:
     return True
 
 
-def make_model(root: Path) -> Path:
-    "A model that has learnt nothing, and all the same plays what it is asked."
-    import torch
-    from musicgen.model import MusicLSTM, MusicLSTMConfig, save_model
-    torch.manual_seed(0)
-    layout = Layout(root)
-    save_model(MusicLSTM(MusicLSTMConfig(hidden=48, head=24, sources=("lesson",))), layout.model)
-    return layout.weights
-
-
 @contextmanager
 def dashboard(repo: Path, folder: Path, **more: str):
-    "The address of the page, as the bare command serves it, playing a model that has learnt nothing."
-    port, model = free_port(), make_model(folder / "a root")
-    env = environment(folder, **{"MUSICGEN_PATHS_MODEL": str(model), **more})
+    "The address of the page, as the bare command serves it, playing the model that ships."
+    port = free_port()
+    env = environment(folder, **{"MUSICGEN_PATHS_MODEL": str(SHIPPED), **more})
     command = ["-m", "voila", "dashboards/generate.ipynb", "--no-browser", f"--port={port}"]
     with running(command, port, repo, env, folder / "voila.log") as address: yield address
 
