@@ -62,7 +62,7 @@ def ending(scores: np.ndarray, bands: list[Band]) -> np.ndarray:
 
 # %% ../nbs/27_rules.ipynb #8584ea80
 KEY_LEAD = 0.05    # by which the asked key shall lead: correlation a unit of sounding time
-KEY_PULL = 2.0     # most that a pitch class can gain, in units of score, when it is all even
+KEY_PULL = 3.0     # most that a pitch class can gain, in units of score, when it is all even
 
 def pull(band: Band) -> np.ndarray:
     "(128,) to add to the scores of pitches, so that the key that was asked for is the one that is heard."
