@@ -19,6 +19,7 @@ from .features import Corpus
 from .learner import Plan, fit, judge_on
 from .model import Batch, MusicLSTM, MusicLSTMConfig, Tower
 from .repertoire import NOTHING, Augment, Repertoire
+from .sight import SEEN, STEP, TOLD
 
 # %% ../nbs/82_ablations.ipynb #dc39055a
 class _NoIntervals(MusicLSTM):
@@ -36,9 +37,9 @@ class _NotRelative(_NoIntervals):
 class _NoEcho(MusicLSTM):
     "What followed the last time is not told."
     def forward(self, batch: Batch, *rest):
-        parts = batch.parts.clone()
-        parts[..., 4] = 0
-        return super().forward(batch._replace(recall=0 * batch.recall, echo=0 * batch.echo, parts=parts), *rest)
+        seen, parts = batch.seen.clone(), batch.parts.clone()
+        seen[..., len(SEEN):STEP], parts[..., 4] = 0, 0
+        return super().forward(batch._replace(seen=seen, echo=0 * batch.echo, parts=parts), *rest)
 
 class _Lines(nn.Module):
     "Scores by some lines of a table, instead of weights of one's own."
@@ -64,7 +65,7 @@ class _Untold(MusicLSTM):
     "The controls of the piece are not told."
     def forward(self, batch: Batch, *rest):
         seen = batch.seen.clone()
-        seen[..., 10:15] = 0
+        seen[..., STEP:TOLD] = 0
         return super().forward(batch._replace(seen=seen), *rest)
 
 class _NormedTower(Tower):

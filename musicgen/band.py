@@ -145,7 +145,7 @@ def _free(self) -> np.ndarray:
     "bool (p, 128): what each part could begin at this step, its turn considered. Found once for each state."
     if self.can is None:
         sounding, (part, pitch) = self.ends > self.now, self.turn
-        self.idle = np.count_nonzero(sounding, axis=1) < self.most
+        self.idle = sounding.sum(1) < self.most
         self.can = self.range & ~sounding & self.idle[:, None]
         if part >= 0: self.can[:part], self.can[part, : pitch + 1] = False, False
     return self.can

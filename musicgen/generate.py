@@ -118,7 +118,7 @@ class _Player:
     def _told(self, decoder: Decoder, bands: list[Band]) -> np.ndarray:
         "The decoder hears where the bands stand; their (n, 6) echoes."
         seen, echo = np.stack([b.seen() for b in bands]), np.array([b.echo.told() for b in bands])
-        decoder.hear(seen + self.tables.seen_at[:10], self.tables.recalled(echo, seen[:, 3]), np.stack([b.held() for b in bands]))
+        decoder.hear(self.tables.step(seen, echo), np.array([b.held() for b in bands]))
         return echo
 
     def begin(self, takes: list[int], draw: int = 0):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import Refusal, write_atomic
-from .sight import KNOWN, NO_PITCH, VALUE, Ids, Tables, model_hash
+from .sight import KNOWN, NO_PITCH, TOLD, VALUE, Ids, Tables, model_hash
 from .tokens import FIELDS, Vocab
 
 # %% ../nbs/19_model.ipynb #e15a3785
@@ -50,8 +50,7 @@ class MusicLSTMConfig:
 # %% ../nbs/19_model.ipynb #58d87ace
 class Batch(NamedTuple):
     "Windows of `B` pieces, ready for the model. Padding has target -1 and ids 0."
-    seen: Tensor      # int64 (B, T, 10 + 5 + P): ids of the input table
-    recall: Tensor    # int64 (B, T, 4): ids of the table of echoes
+    seen: Tensor      # int64 (B, T, 14 + 5 + P): ids of the input table
     held: Tensor      # bool (B, T, 128)
     chosen: Tensor    # int64 (B, T, 9): ids of the heads' tables
     held_now: Tensor  # bool (B, T, 128)
@@ -69,7 +68,7 @@ class Batch(NamedTuple):
 def collate(windows: list[Ids], fresh: list[bool], length: int) -> Batch:
     "Windows of at most `length` steps, padded to one size."
     size, most = len(windows), max(w.away.shape[1] for w in windows)
-    wide = dict(seen=15 + most, recall=4, held=128, chosen=9, held_now=128, parts=most, echo=5, away=most, target=5)
+    wide = dict(seen=TOLD + most, held=128, chosen=9, held_now=128, parts=most, echo=5, away=most, target=5)
     out = []
     for name in Ids._fields:
         first = getattr(windows[0], name)
@@ -159,7 +158,6 @@ class MusicLSTM(nn.Module):
         outs = values | dict(shift=vocab.end + 1, part=head)
         bag = lambda ids, width: nn.EmbeddingBag(1 + sum(ids.values()), width, mode="sum", padding_idx=0)
         self.seen = bag(tables.seen, hidden)
-        self.recall = bag(tables.recall, hidden)
         self.hears, self.near = nn.Linear(128, hidden, bias=False), nn.Linear(255, hidden, bias=False)
         self.tower = Tower(hidden, config.layers, config.dropout)
         self.heads = nn.ModuleDict({
@@ -185,15 +183,14 @@ class MusicLSTM(nn.Module):
         return nats, state
 
 # %% ../nbs/19_model.ipynb #cbe883fe
-def _heard(self, seen: Tensor, recall: Tensor, held: Tensor) -> Tensor:
-    "(N, H) what the tower is given, from (N, K) and (N, 4) ids and (N, 128) pitches that sound."
+def _heard(self, seen: Tensor, held: Tensor) -> Tensor:
+    "(N, H) what the tower is given, from (N, K) ids and (N, 128) pitches that sound."
     held = held.float()
-    near = self.near(to_intervals(held, seen[:, 3] - self.before_at))
-    return self.seen(seen) + self.recall(recall) + self.hears(held) + near
+    return self.seen(seen) + self.hears(held) + self.near(to_intervals(held, seen[:, 3] - self.before_at))
 
 def _hidden(self, batch: Batch, state=None, rng=None):
     "(B, T, H) hidden states, and the state to carry on with."
-    x = self.heard(*(t.flatten(0, 1) for t in (batch.seen, batch.recall, batch.held)))
+    x = self.heard(batch.seen.flatten(0, 1), batch.held.flatten(0, 1))
     if state is not None:
         state = [tuple(s * ~batch.fresh[None, :, None] for s in pair) for pair in state]
     return self.tower(x.view(*batch.seen.shape[:2], -1), state, rng)

@@ -23,7 +23,7 @@ from .learner import Plan, _crew, _one_thread, fit
 from .model import Batch, MusicLSTM, MusicLSTMConfig, collate
 from .repertoire import cut
 from .score import PITCHES
-from .sight import BEATS, NOBODY, NO_PITCH, Ids, Tables, _echoed, still
+from .sight import BEATS, NOBODY, NO_PITCH, SEEN, STEP, TOLD, Ids, Tables, _echoed, still
 from .tokens import FIELDS, SHIFT, Vocab
 
 # %% ../nbs/80_records.ipynb #f4899d6e
@@ -96,11 +96,11 @@ def _stayed(top: np.ndarray) -> np.ndarray:
     return at - np.maximum.accumulate(np.where(new, at, 0))
 
 def _echoes(shift: np.ndarray, pitch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "(n + 1, 4) and (n + 1, 5, 2): what is recalled before each row of a single part, and what still holds of it."
+    "(n + 1, 6) and (n + 1, 5, 2): the echo before each row of a single part, and what still holds of it."
     rows = np.zeros((len(shift) + 1, len(FIELDS)), np.int64)
     rows[:-1, SHIFT], rows[:-1, PITCH] = shift, pitch
     echo = _echoed(rows[:-1])
-    return _TABLES.recalled(echo, np.append(NO_PITCH, pitch)), still(echo, rows)
+    return echo, still(echo, rows)
 
 def as_ids(roll: np.ndarray, by: int = 0) -> Ids:
     "The rows of a piano roll bool (frames, 88), moved up by `by` semitones. The first frame is no target."
@@ -112,21 +112,21 @@ def as_ids(roll: np.ndarray, by: int = 0) -> Ids:
     size = np.append(0, np.bincount(frame, minlength=len(roll)))
     seat, shift = np.minimum(place, PITCHES - 1), np.diff(frame, prepend=0)
     beat = np.stack([frame // VOCAB.grid % BEATS, frame % VOCAB.grid], 1)
-    seen, chosen = np.zeros((n + 1, 15 + 1), np.int64), np.zeros((n + 1, 9), np.int64)
+    seen, chosen = np.zeros((n + 1, len(SEEN)), np.int64), np.zeros((n + 1, 9), np.int64)
     seen[0, :4] = VOCAB.start, NOBODY, 0, NO_PITCH
     seen[1:, 0], seen[1:, 1], seen[1:, 3] = shift, seat, pitch
     seen[1:, 4], seen[1:, 6:8] = np.minimum(size[frame], VOCAB.longest), beat
     seen[1:, 8] = np.minimum(_stayed(kth[:-1, 0])[frame - (frame > 0)], VOCAB.longest)
-    seen[:, :10] += _TABLES.seen_at[:10]
     chosen[:n, 0], chosen[:n, 1:3], chosen[:n, 3], chosen[:n, 6] = shift, beat, seat, pitch
     chosen[:n, 5], chosen[n, 5] = kth[frame - 1, place], NO_PITCH
     held, held_now = before[np.append(0, frame)], before[np.append(frame, 0)]
     held[0] = held_now[n] = False
     target = np.full((n + 1, 5), -1)
     target[:n, SHIFT], target[:n, PITCH] = shift, pitch
-    recall, holds = _echoes(shift, pitch)
     target[:n][frame == 0] = -1
-    return Ids(seen, recall, held, chosen + _TABLES.chosen_at, held_now, np.ones((n + 1, 1, 5), np.int64), holds,
+    echo, holds = _echoes(shift, pitch)
+    told = np.zeros((n + 1, TOLD - STEP + 1), np.int64)    # nothing is
+    return Ids(np.append(_TABLES.step(seen, echo), told, 1), held, chosen + _TABLES.chosen_at, held_now, np.ones((n + 1, 1, 5), np.int64), holds,
                np.zeros((n + 1, 1), bool), target)
 
 # %% ../nbs/80_records.ipynb #3bd544bb

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRES', 'CONTROLS', 'BARS_LEFT', 'RANKS', 'NOBODY', 'NO_PITCH', 'BEATS', 'SEEN', 'NOW', 'AWAY', 'UNHEARD', 'SILENT',
-           'PAUSED', 'READY', 'BUSY', 'KNOWN', 'VALUE', 'Piece', 'make_piece', 'away', 'at_home', 'controls',
-           'ensemble', 'Sight', 'look', 'Ids', 'Tables', 'still', 'foretold_part', 'model_hash']
+           'PAUSED', 'READY', 'BUSY', 'RECALLED', 'STEP', 'TOLD', 'KNOWN', 'VALUE', 'Piece', 'make_piece', 'away',
+           'at_home', 'controls', 'ensemble', 'Sight', 'look', 'Ids', 'Tables', 'still', 'foretold_part', 'model_hash']
 
 # %% ../nbs/17_sight.ipynb #94f05099
 import hashlib
@@ -246,13 +246,15 @@ def look(
     return Sight(*(a[skip:skip + stop - start] for a in found), who, told)
 
 # %% ../nbs/17_sight.ipynb #62b747e7
+RECALLED = ("echo strength", "echo shift", "echo pitch", "echo leap")   # of an echo, before the shift; without one, line 0
+STEP = len(SEEN) + len(RECALLED)   # columns that change from row to row
+TOLD = STEP + len(CONTROLS)        # and those before the members of the ensemble
 KNOWN = dict(part=3, pitch=6, duration=7, velocity=9)  # chosen columns known before each field
 
 class Ids(NamedTuple):
     "The sight of a piece (n rows and the end) in ids. `p` is the number of parts."
 
-    seen: np.ndarray  # int64 (n + 1, 15 + p): `SEEN`, the controls, the members of the ensemble
-    recall: np.ndarray  # int64 (n + 1, 4): the echo as it is heard before the shift, 0 for none
+    seen: np.ndarray  # int64 (n + 1, 19 + p): `SEEN`, `RECALLED`, the controls, the members of the ensemble
     held: np.ndarray  # bool (n + 1, 128)
     chosen: np.ndarray  # int64 (n + 1, 9): in the order in which they become known
     held_now: np.ndarray  # bool (n + 1, 128)
@@ -262,40 +264,42 @@ class Ids(NamedTuple):
     target: np.ndarray  # int64 (n + 1, 5)
 
 # %% ../nbs/17_sight.ipynb #c494e64a
-def _columns(vocab: Vocab) -> tuple[dict, dict, dict, dict]:
-    "How many values each column has, of what is seen, what is recalled, what is chosen, and what describes a part."
+def _columns(vocab: Vocab) -> tuple[dict, dict, dict]:
+    "How many values each column has, of what is seen, what is chosen, and what describes a part."
     shift, _, pitch, duration, velocity = vocab.sizes
     sizes = (shift, NOBODY + 1, RANKS, NO_PITCH + 1, duration, velocity, BEATS, vocab.grid,
              vocab.longest + 1, BARS_LEFT)
-    seen = dict(zip(SEEN, sizes)) | CONTROLS | {"member": NOBODY * RANKS}
-    recall = dict(strength=LEVELS + 1, shift=shift, pitch=pitch, leap=2 * PITCHES)
+    recalled = dict(zip(RECALLED, (LEVELS + 1, shift, pitch, 2 * PITCHES)))
+    seen = dict(zip(SEEN, sizes)) | recalled | CONTROLS | {"member": NOBODY * RANKS}
     chosen = dict(shift=shift, beat=BEATS, step=vocab.grid, program=NOBODY, rank=RANKS,
                   latest=NO_PITCH + 1, pitch=pitch, duration=duration, loud=velocity)
     parts = dict(program=NOBODY, rank=RANKS, state=BUSY + 1, latest=NO_PITCH + 1, echo=LEVELS + 1)
-    return seen, recall, chosen, parts
+    return seen, chosen, parts
 
 # %% ../nbs/17_sight.ipynb #1c97a3bf
 class Tables:
-    "The columns of the four tables: how many values each has, and where its stretch begins."
+    "The columns of the three tables: how many values each has, and where its stretch begins."
 
     def __init__(self, vocab: Vocab):
-        self.seen, self.recall, self.chosen, self.parts = _columns(vocab)
-        self.seen_at, self.recall_at, self.chosen_at, self.parts_at = (
-            1 + np.cumsum([0, *t.values()])[:-1] for t in (self.seen, self.recall, self.chosen, self.parts)
+        self.seen, self.chosen, self.parts = _columns(vocab)
+        self.seen_at, self.chosen_at, self.parts_at = (
+            1 + np.cumsum([0, *t.values()])[:-1] for t in (self.seen, self.chosen, self.parts)
         )
 
     def told(self, controls: np.ndarray, who: np.ndarray) -> np.ndarray:
         "Ids of what holds for a whole piece: its controls (5,) and its ensemble (p, 2)."
-        return np.concatenate([controls + self.seen_at[10:15], who @ [RANKS, 1] + self.seen_at[15]])
+        return np.concatenate([controls + self.seen_at[STEP:TOLD], who @ [RANKS, 1] + self.seen_at[TOLD]])
 
-    def recalled(self, echo: np.ndarray, before: np.ndarray) -> np.ndarray:
-        "(n, 4) ids of (n, 6) echoes: strength, shift, pitch, and its leap from (n,) pitches of the rows before."
-        heard = echo.take([-1, SHIFT, PITCH, PITCH], 1)
-        heard[:, 3] += PITCHES - 1 - before
+    def step(self, seen: np.ndarray, echo: np.ndarray) -> np.ndarray:
+        "(n, 14) ids of what is seen before a shift: of the (n, 10) columns `SEEN`, and `RECALLED` of (n, 6) echoes."
+        ids, before = np.empty((len(seen), STEP), np.int64), seen[:, SEEN.index("pitch")]
+        heard = ids[:, len(SEEN):]
+        ids[:, :len(SEEN)], heard[:] = seen, echo.take([-1, SHIFT, PITCH, PITCH], 1)
+        heard[:, 3] += PITCHES - 1 - before     # a leap from the pitch of the row before
         heard[before >= NO_PITCH, 3] = 2 * PITCHES - 1
-        heard += self.recall_at
+        ids += self.seen_at[:STEP]
         heard *= echo[:, -1:] > 0
-        return heard
+        return ids
 
 # %% ../nbs/17_sight.ipynb #5f3d47d0
 VALUE = 1 + LEVELS   # the id, in a head's table of echoes, of value 0; before it stand nothing and the strengths
@@ -323,9 +327,8 @@ def _numbered(self, sight: Sight) -> Ids:
     n, p = sight.state.shape
     of, who, echo = np.maximum(sight.target, 0), sight.ensemble, sight.echo
     seen, chosen, parts = (np.zeros(shape, np.int64) for shape in
-                           ((n, 15 + p), (n, len(self.chosen)), (n, p, len(self.parts))))
-    np.add(sight.seen, self.seen_at[:10], out=seen[:, :10])
-    seen[:, 10:] = self.told(sight.controls, who)
+                           ((n, TOLD + p), (n, len(self.chosen)), (n, p, len(self.parts))))
+    seen[:, :STEP], seen[:, STEP:] = self.step(sight.seen, echo), self.told(sight.controls, who)
     chosen[:, 0], chosen[:, 1:3], chosen[:, 6:8] = of[:, 0], sight.now, of[:, 2:4]
     if p:
         mine, rows = of[:, PART], np.arange(n)
@@ -338,7 +341,7 @@ def _numbered(self, sight: Sight) -> Ids:
     holds = still(echo, of)
     parts[..., 4] = foretold_part(holds[:, PART], p) + self.parts_at[4]
     holds[:, PART, 1] = 0    # said there
-    return Ids(seen, self.recalled(echo, sight.seen[:, 3]), sight.held, chosen, sight.held_now, parts, holds,
+    return Ids(seen, sight.held, chosen, sight.held_now, parts, holds,
                sight.state == AWAY, sight.target)
 
 Tables.number = _numbered

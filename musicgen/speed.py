@@ -31,7 +31,8 @@ from .decoder import Decoder, numeric_path
 from .generate import Request, Studio, generate, read_studio
 from .sound import encode_audio, synthesize
 from .score import DURATION, ONSET, Score, grid_loss, read_midi, transpose, write_midi
-from .tokens import FIELDS, Vocab, encode
+from .sight import STEP
+from .tokens import Vocab, encode
 
 # %% ../nbs/81_speed.ipynb #8cb8da0a
 def race(
@@ -318,12 +319,12 @@ class _Stepped:
         self.takes = takes
         if self.state: self.state = [tuple(s.repeat(1, takes, 1) for s in pair) for pair in self.state]
 
-    def hear(self, seen: np.ndarray, recall: np.ndarray, held: np.ndarray):
+    def hear(self, seen: np.ndarray, held: np.ndarray):
         import torch
         told = np.broadcast_to(self.told, (len(seen), len(self.told)))
         with torch.inference_mode():
             ids = torch.from_numpy(np.concatenate([seen, told], 1))
-            x, self.before = self.model.heard(ids, torch.from_numpy(recall), torch.from_numpy(held)), ids[:, 3] - self.model.before_at
+            x, self.before = self.model.heard(ids, torch.from_numpy(held)), ids[:, 3] - self.model.before_at
             h, self.state = self.model.tower(x[:, None], self.state)
         self.h = h[:, 0]
 
@@ -368,9 +369,9 @@ def _cached_gpt(hidden: int, layers: int, context: int) -> Callable:
 
 # %% ../nbs/81_speed.ipynb #62108022
 def _some_step(tables, dice: np.random.Generator, takes: int) -> tuple:
-    "What a decoder hears, drawn: ids of what is seen and recalled, and pitches that sound."
-    drawn = lambda sizes, at, n: at[:n] + dice.integers(0, list(sizes.values())[:n], (takes, n))
-    return drawn(tables.seen, tables.seen_at, 10), drawn(tables.recall, tables.recall_at, 4), dice.random((takes, 128)) < 0.03
+    "What a decoder hears, drawn: ids of what is seen, and pitches that sound."
+    sizes = list(tables.seen.values())[:STEP]
+    return tables.seen_at[:STEP] + dice.integers(0, sizes, (takes, STEP)), dice.random((takes, 128)) < 0.03
 
 def _step_figures(studio: Studio, rounds: int, steps: int = 40) -> list[Figure]:
     "One step of the decoder, beside nn.LSTM, beside the products alone, and beside a Transformer with a cache."

@@ -11,6 +11,7 @@ from musicgen.core import SHIPPED, Layout, Refusal
 from musicgen.decoder import PRECISIONS, Decoder, numeric_path, read_weights
 from musicgen.features import Corpus, write_example
 from musicgen.repertoire import prepare
+from musicgen.sight import STEP
 from musicgen.tokens import FIELDS, Vocab
 
 
@@ -40,11 +41,11 @@ def scores(decoder, ids, t, f):
 
 def step(ids, t, takes=1):
     "What is heard before row `t`."
-    return tuple(a[[t]].repeat(takes, 0) for a in (ids.seen[:, :10], ids.recall, ids.held))
+    return tuple(a[[t]].repeat(takes, 0) for a in (ids.seen[:, :STEP], ids.held))
 
 
 def steps(decoder, ids, rows):
-    decoder.start(1, ids.seen[0, 10:])
+    decoder.start(1, ids.seen[0, STEP:])
     for t in range(min(rows, len(ids.target))):
         decoder.hear(*step(ids, t))
         yield t
