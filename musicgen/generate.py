@@ -16,7 +16,7 @@ import numpy as np
 
 from .band import Band, described, rows_of, stays, usual_density
 from .core import SHIPPED, Layout, Refusal, read_settings
-from .decoder import Decoder, Guided, numeric_path, read_weights, sample
+from .decoder import Decoder, Guided, choose, numeric_path, read_weights
 from .metrics import KEYS, density, find_key, flaws
 from .originality import OriginalityIndex
 from .receipt import read_receipt, verify, write_receipt
@@ -132,11 +132,13 @@ class _Player:
         self.bands, self.decoder = [deepcopy(self.heard) for _ in self.takes], copy(self.before)
         self.decoder.spread(len(self.takes))
 
-    def draw(self, field: int, scores: np.ndarray, masks: Callable, on: np.ndarray, dice: np.ndarray, holds: np.ndarray) -> np.ndarray:
-        "One choice a take, as daring as the request says; where a take is not `on` its choice does not count."
+    def draw(self, field: int, scores: np.ndarray, mask: Callable, on: np.ndarray, dice: np.ndarray, holds: np.ndarray) -> np.ndarray:
+        "One choice a take, as daring as the request says; 0 where a take is not `on`. `mask(k)` is what the kth may choose."
         if self.known is not None: return self._weigh(scores, self.known[:, field])
-        allowed = np.array([m if go else np.ones_like(m) for m, go in zip(masks(), on)])
-        return sample(scores, allowed, dice[:, field], *self.choice, np.where(holds[:, 0] > 0, holds[:, 1] - VALUE, -1))
+        found = np.zeros(len(scores), np.int64)
+        for k, (go, (strength, value)) in enumerate(zip(on.tolist(), holds.tolist())):
+            if go: found[k] = choose(scores[k], mask(k), dice[k, field], *self.choice, value - VALUE if strength else -1)
+        return found
 
 # %% ../nbs/29_generate.ipynb #23a98efc
 def _step(self):
@@ -147,7 +149,7 @@ def _step(self):
     going, holds = np.array([not b.done for b in bands]), still(echo, row)[:, SHIFT]
     scores = self.decoder.scores("shift", holds, chosen, None)
     if self.known is None: scores = ending(scores, bands)
-    row[:, SHIFT] = self.draw(SHIFT, scores, lambda: [may_shift(b) for b in bands], going, dice, holds)
+    row[:, SHIFT] = self.draw(SHIFT, scores, lambda k: may_shift(bands[k]), going, dice, holds)
     for b, shift, go in zip(bands, row[:, SHIFT].tolist(), going):
         if go: b.advance(shift)
     sounds = going & (row[:, SHIFT] <= self.vocab.longest)
@@ -157,24 +159,24 @@ def _note(self, row, sounds, chosen, dice, echo):
     "Part, pitch, duration and velocity for the takes that sound, each knowing those before it."
     bands, at = self.bands, self.tables.chosen_at
     held, mine = np.stack([b.held() for b in bands]), list(enumerate(bands))
-    def choose(field, masks, more=0):
+    def play(field, mask, more=0):
         holds = still(echo, row)[:, field]
         scores = self.decoder.scores(FIELDS[field], holds, chosen, held) + more
-        row[:, field] = self.draw(field, scores, masks, sounds, dice, holds)
+        row[:, field] = self.draw(field, scores, mask, sounds, dice, holds)
     for k, b in mine: chosen[k, 0], chosen[k, 1:3] = row[k, SHIFT], b.where()
     chosen[:, :3] += at[:3]
     holds = still(echo, row)[:, PART]
     parts = described(bands, row[:, SHIFT], holds) + self.tables.parts_at
     scores = self.decoder.part_scores(parts, holds * [1, 0], chosen, held)
-    part = row[:, PART] = self.draw(PART, scores, lambda: [may_play(b) for b in bands], sounds, dice, holds)
+    part = row[:, PART] = self.draw(PART, scores, lambda k: may_play(bands[k]), sounds, dice, holds)
     for k, b in mine: chosen[k, 3:5], chosen[k, 5], chosen[k, 8] = b.who[part[k]], b.latest[part[k]], b.loud[part[k]]
     chosen[:, 3:9] += at[3:9]
     pulls = np.stack([pull(b) * b.pitched[part[k]] for k, b in mine]) if self.request.key else 0
-    choose(PITCH, lambda: [b.free()[part[k]] for k, b in mine], pulls)
+    play(PITCH, lambda k: bands[k].free()[part[k]], pulls)
     chosen[:, 6] += row[:, PITCH]
-    choose(DURATION, lambda: [may_last(b, part[k]) for k, b in mine])
+    play(DURATION, lambda k: may_last(bands[k], part[k]))
     chosen[:, 7] += row[:, DURATION]
-    choose(VELOCITY, lambda: [self.loud] * len(bands))
+    play(VELOCITY, lambda k: self.loud)
     for b, on, fields in zip(bands, sounds, row.tolist()):
         if on: b.enter(*fields)
 

@@ -306,6 +306,7 @@ VALUE = 1 + LEVELS   # the id, in a head's table of echoes, of value 0; before i
 
 def still(echo: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     "(n, 5, 2) ids of strength and value for each field, of (n, 6) echoes that agree with the (n, 5) fields chosen before it; else 0."
+    if not echo[:, -1].any(): return np.zeros((*chosen.shape, 2), np.int64)
     agrees = np.empty(chosen.shape, bool)
     agrees[:, 0] = echo[:, -1] > 0
     np.equal(echo[:, :-2], chosen[:, :-1], out=agrees[:, 1:])
