@@ -1077,6 +1077,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'musicgen.speed._plot_growth': ('speed.html#_plot_growth', 'musicgen/speed.py'),
                                 'musicgen.speed._race_files': ('speed.html#_race_files', 'musicgen/speed.py'),
                                 'musicgen.speed._race_tokens': ('speed.html#_race_tokens', 'musicgen/speed.py'),
+                                'musicgen.speed._sections': ('speed.html#_sections', 'musicgen/speed.py'),
                                 'musicgen.speed._some_pieces': ('speed.html#_some_pieces', 'musicgen/speed.py'),
                                 'musicgen.speed._some_step': ('speed.html#_some_step', 'musicgen/speed.py'),
                                 'musicgen.speed._step_figures': ('speed.html#_step_figures', 'musicgen/speed.py'),
