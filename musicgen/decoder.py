@@ -33,7 +33,7 @@ def read_weights(
     try:
         with safe_open(str(path), framework="numpy") as f:
             about = json.loads((f.metadata() or {}).get("musicgen", "null"))
-            weights = {name: f.get_tensor(name).astype(np.float32) for name in f.keys()}
+            weights = {name: f.get_tensor(name) for name in f.keys()}    # in half the bytes, as they are stored
     except (SafetensorError, OSError, ValueError) as e:
         raise Refusal(
             f"{path} is not a model that can be read: {str(e).splitlines()[0][:120]}"
@@ -160,6 +160,7 @@ class _Folded:
     def __init__(self, weights: dict[str, np.ndarray], vocab: Vocab, precision: str):
         kind = PRECISIONS[precision]
         self.tables, self.kind = Tables(vocab), kind
+        weights = {name: a.astype(np.float32) for name, a in weights.items()}
         kept = lambda a: np.ascontiguousarray(a, kind)
         layers = sum(name.endswith("weight_ih_l0") for name in weights)
         cells = [{k: _turned(weights[f"tower.lstms.{i}.{k}_l0"].T.astype(np.float64))
