@@ -73,12 +73,14 @@ def losses_on(
 def _read(model: MusicLSTM, pieces: list[Piece], length: int) -> list[np.ndarray]:
     "The (n + 1, 5) nats of each of some pieces, the longest first, read side by side."
     ids = [prepare(p, model.config.vocab, model.config.sources) for p in pieces]
-    device, state, nats = next(model.parameters()).device, None, []
+    device, state, nats = next(model.parameters()).device, None, [[] for _ in ids]
     for at in range(0, len(ids[0].target), length):
-        batch = collate([cut(i, at, length) for i in ids], [at == 0] * len(ids), length)
+        on = [i for i in ids if len(i.target) > at]      # the first of them: those that have ended are left out
+        if state: state = [tuple(s[:, :len(on)] for s in pair) for pair in state]
+        batch = collate([cut(i, at, length) for i in on], [at == 0] * len(on), length)
         out, state = model(batch.to(device), state)
-        nats.append(out.view(len(ids), length, -1).cpu().numpy())
-    return [rows[: len(i.target)] for i, rows in zip(ids, np.concatenate(nats, 1))]
+        for piece, rows in zip(nats, out.view(len(on), length, -1).cpu().numpy()): piece.append(rows)
+    return [np.concatenate(rows)[: len(i.target)] for i, rows in zip(ids, nats)]
 
 # %% ../nbs/21_learner.ipynb #06120673
 def halves_pay() -> bool:

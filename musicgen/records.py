@@ -185,6 +185,8 @@ def _nats(model: MusicLSTM, ids: list[Ids], empty: list[int], length: int) -> fl
     "All nats of some sequences."
     total, state = 0.0, None
     for at in range(0, len(ids[0].target), length):
+        ids = [i for i in ids if len(i.target) > at]     # the first of them: those that have ended are left out
+        if state: state = [tuple(s[:, :len(ids)] for s in pair) for pair in state]
         batch = collate([cut(i, at, length) for i in ids], [at == 0] * len(ids), length)
         h, state = model.hidden(batch, state)
         scores, target = model.scores(h, batch), batch.target.flatten(0, 1)
