@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from .core import Layout, Refusal, open_root, write_atomic
 from .fetch import download, read_sources
 from .ingest import _ours
-from .learner import Plan, _crew, _one_thread, fit
-from .model import Batch, MusicLSTM, MusicLSTMConfig, collate
-from .repertoire import cut
+from .learner import Plan, _crew, _one_thread, fit, side_by_side
+from .model import Batch, MusicLSTM, MusicLSTMConfig
 from .score import PITCHES
 from .sight import BEATS, NOBODY, NO_PITCH, SEEN, STEP, TOLD, Ids, Tables, _echoed, still
 from .tokens import FIELDS, SHIFT, Vocab
@@ -183,17 +182,13 @@ def frame_nats(rolls: list[np.ndarray], side: int = 32, length: int = 256):
 @torch.no_grad()
 def _nats(model: MusicLSTM, ids: list[Ids], empty: list[int], length: int) -> float:
     "All nats of some sequences."
-    total, state = 0.0, None
-    for at in range(0, len(ids[0].target), length):
-        ids = [i for i in ids if len(i.target) > at]     # the first of them: those that have ended are left out
-        if state: state = [tuple(s[:, :len(ids)] for s in pair) for pair in state]
-        batch = collate([cut(i, at, length) for i in ids], [at == 0] * len(ids), length)
-        h, state = model.hidden(batch, state)
+    total = 0.0
+    for at, batch, h in side_by_side(model.hidden, ids, length):
         scores, target = model.scores(h, batch), batch.target.flatten(0, 1)
         for k in (SHIFT, PITCH):
             total += F.cross_entropy(scores[FIELDS[k]], target[:, k], ignore_index=-1, reduction="sum").item()
-        shifts = F.log_softmax(scores["shift"], 1).view(len(ids), length, -1)
-        for k, i in enumerate(ids):
+        shifts = F.log_softmax(scores["shift"], 1).view(*batch.target.shape[:2], -1)
+        for k, i in enumerate(ids[:len(shifts)]):
             first, last = int(np.argmax(i.target[:, SHIFT] >= 0)) or len(i.target) - 1, len(i.target) - 1
             for row, sign, beyond in ((first, 1, 0), (last, -1, empty[k])):
                 if 0 <= row - at < length:
