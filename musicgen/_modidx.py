@@ -458,6 +458,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'musicgen.learner._world': ('learner.html#_world', 'musicgen/learner.py'),
                                   'musicgen.learner.fit': ('learner.html#fit', 'musicgen/learner.py'),
                                   'musicgen.learner.halves_pay': ('learner.html#halves_pay', 'musicgen/learner.py'),
+                                  'musicgen.learner.in_groups': ('learner.html#in_groups', 'musicgen/learner.py'),
                                   'musicgen.learner.judge_on': ('learner.html#judge_on', 'musicgen/learner.py'),
                                   'musicgen.learner.loss_on': ('learner.html#loss_on', 'musicgen/learner.py'),
                                   'musicgen.learner.losses_on': ('learner.html#losses_on', 'musicgen/learner.py'),

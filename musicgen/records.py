@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from .core import Layout, Refusal, open_root, write_atomic
 from .fetch import download, read_sources
 from .ingest import _ours
-from .learner import Plan, _crew, _one_thread, fit, side_by_side
+from .learner import Plan, fit, in_groups, side_by_side
 from .model import Batch, MusicLSTM, MusicLSTMConfig
 from .score import PITCHES
 from .sight import BEATS, NOBODY, NO_PITCH, SEEN, STEP, TOLD, Ids, Tables, _echoed, still
@@ -166,17 +166,10 @@ def frame_nats(rolls: list[np.ndarray], side: int = 32, length: int = 256):
     "What `fit` asks after each round: nats per frame on these sequences, read `side` at a time."
     made = [as_ids(roll) for roll in rolls]
     empty = [int(np.argmax(np.append(roll.any(1)[::-1], True))) for roll in rolls]   # frames at the end
-    order = sorted(range(len(made)), key=lambda k: -len(made[k].target))
-    groups = [order[k:k + side] for k in range(0, len(order), side)]
     frames = sum(len(roll) - 1 for roll in rolls)
-    @_one_thread()
     def judge(model: MusicLSTM) -> float:
-        was = model.training
-        model.eval()
         read = lambda group: _nats(model, [made[k] for k in group], [empty[k] for k in group], length)
-        with _crew(2) as crew: total = sum(crew.map(read, groups))
-        model.train(was)
-        return total / frames
+        return sum(nats for _, nats in in_groups(model, [len(i.target) for i in made], side, read)) / frames
     return judge
 
 @torch.no_grad()
