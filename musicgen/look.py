@@ -308,6 +308,7 @@ _PLAY = """
     for (const audio of document.querySelectorAll(".mg-card audio:not([aria-label])"))
       name(audio, ".mg-card", "h3")
     document.querySelectorAll(".mg .mg-carrier").forEach(save)
+    document.querySelectorAll(".mg .mg-arrived input:not(:checked)").forEach(box => box.click())
     const first = document.querySelector(".mg .mg-takes .mg-card a.mg-link")
     if (!first || first.href == latest) return
     latest = first.href; show(first)

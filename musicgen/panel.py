@@ -126,9 +126,11 @@ class Page:
                     heading("What they play"), self.controls.page,
                     box([self.go, self.cancel], "mg-go"), self.progress, self.message], "mg-form mg-stack")
         self.carrier = box([], "mg-carrier mg-hidden")
+        self.arrived = widgets.Checkbox()   # the script ticks it as soon as it sees it
+        self.arrived.add_class("mg-arrived"); hide(self.arrived)
         shown = box([box([self.growing], "mg-card mg-hidden"), self.takes, self.history.page], "mg-stack")
         look = widgets.HTML(f"<style>{STYLE}</style>")
-        self.page = box([look, box([form, shown], "mg-columns"), self.carrier], "mg")
+        self.page = box([look, box([form, shown], "mg-columns"), self.carrier, self.arrived], "mg")
         self.live = shown.children[0]
         self.busy(False)
 
@@ -198,7 +200,10 @@ class Panel(Page):
         self.voila = "voila" in os.environ.get("SERVER_SOFTWARE", "")
         self.query = link if link is not None else os.environ.get("QUERY_STRING", "") if self.voila else ""
         self.stop, self.door, self.saving = threading.Event(), threading.Lock(), threading.Lock()
+        self.seen = threading.Event()   # a browser has the page: what changes from now on reaches it
         super().__init__()
+        if self.voila: self.arrived.observe(lambda _: self.seen.set(), "value")
+        else: self.seen.set()
         self.warm = self.thread = self._thread(self._warm_up)
         self.warm.start()   # a link that it follows makes `thread` another one
 
@@ -250,17 +255,20 @@ def _guarded(self, does, *given):
         self.say(f"something went wrong here ({type(error).__name__}); try again, or ask for something else")
 
 def _warm_up(self):
-    "What the first click would have to wait for, and the link that the page was opened by."
-    self.address = self.address or read_settings(self.layout)["dashboard"]["api"]
+    "What the first click would have to wait for, and then, on a page that is seen, the link it was opened by."
+    try:
+        self.address = self.address or read_settings(self.layout)["dashboard"]["api"]
+        if not self.address: self._open()
+        synthesize(make_score([(0, 0, 60, 480, 90)]))
+        _tidy()
+    finally: self.seen.wait()
     if not self.address: self._open()
     if self.query: self._follow(read_link(self.query))
-    synthesize(make_score([(0, 0, 60, 480, 90)]))
-    _tidy()
 
 def _open(self) -> Studio:
     with self.door:
         if self.studio is None: self.studio = open_studio(self.layout)
-        self.controls.name_sources(self.studio.sources)
+        if self.seen.is_set(): self.controls.name_sources(self.studio.sources)
         return self.studio
 
 def _follow(self, fields: dict):

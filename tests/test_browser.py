@@ -289,6 +289,18 @@ def test_a_link_makes_the_same_music(page, address):
     assert generated(page, 1)
 
 
+def test_a_link_waits_for_its_page(page, address):
+    "A widget that changes on its way to the browser may not be seen to change: nothing does, until the page is there."
+    told, opening = [], re.compile(rb'iopub{[^}]*"msg_type": ?"comm_open"')
+    def meet(socket):
+        socket.on("framesent", lambda data: told.append("here") if b'{"value":true}' in data else None)
+        socket.on("framereceived", lambda data: told.append("opens") if opening.search(data) else None)
+    page.on("websocket", meet)
+    opened(page, address + "/?instruments=Flute&bars=2&seed=7")
+    takes(page, 1)
+    assert told[0] == "here" and "opens" in told
+
+
 def test_cancel_and_keyboard(page, address, screens):
     "A long request grows bar by bar and is stopped; every control can be reached and has a name."
     opened(page, address)
