@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
+ALONE = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--mute-audio",
+         "--disable-component-update", "--no-first-run", "--disable-dev-shm-usage",
+         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +34,21 @@ def chromium() -> str:
     told = "no chromium on this machine (Debian and Ubuntu: apt-get install chromium)"
     if os.environ.get("CI") or os.environ.get("MUSICGEN_BROWSER_REQUIRED"): pytest.fail(told)
     pytest.skip(told)
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    "A Chromium that can reach this machine and no other."
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=ALONE)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def screens(repo) -> Path:
+    "Where the screenshots go: produced, and worth a look."
+    folder = repo / "artifacts" / "screens"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

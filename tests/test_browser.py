@@ -2,40 +2,19 @@
 import base64
 import io
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.error import URLError
 from urllib.parse import urlsplit
-from urllib.request import urlopen
 
-import psutil
 import pytest
+from servers import PATIENCE, environment, free_port, running
 
 from musicgen.core import SHIPPED
 from musicgen.score import DRUMS, make_score, read_midi, write_midi
 
-PATIENCE = 180  # seconds for anything that may be slow on a busy machine
 SLOW = PATIENCE * 1000  # the same for the browser, in its unit
-ALONE = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--mute-audio",
-         "--disable-component-update", "--no-first-run", "--disable-dev-shm-usage",
-         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
-
-
-@pytest.fixture(scope="module")
-def browser(chromium):
-    "A Chromium that can reach this machine and no other."
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ALONE)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -50,64 +29,14 @@ def page(browser):
     context.close()
 
 
-@pytest.fixture
-def screens(repo) -> Path:
-    "Where the screenshots go: produced, and worth a look."
-    folder = repo / "artifacts" / "screens"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def environment(home: Path, **more: str) -> dict[str, str]:
-    "That of a person whose Jupyter folders lie in `home`, so that nothing of ours is touched."
-    folders = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR",
-               "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
-    return {**os.environ, **{name: str(home / name.lower()) for name in folders}, **more}
-
-
-@contextmanager
-def running(command: list[str], port: int, cwd: Path, env: dict[str, str], log: Path):
-    "The address of a server, once it answers; at the end it is gone, and its kernels with it."
-    with open(log, "wb") as out:
-        server = psutil.Popen([sys.executable, *command], cwd=cwd, env=env, stdout=out,
-                              stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-    address, end = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
-    try:
-        while not answers(address):
-            told = log.read_text(errors="replace")
-            assert server.poll() is None, f"{command[1]} ended:\n{told}"
-            assert time.monotonic() < end, f"{command[1]} does not answer:\n{told}"
-            time.sleep(0.2)
-        yield address
-    finally:
-        family = [server, *server.children(recursive=True)] if server.is_running() else [server]
-        server.terminate()
-        _, left = psutil.wait_procs(family, timeout=20)
-        for process in left: process.kill()
-        psutil.wait_procs(left, timeout=5)
-
-
-def answers(address: str) -> bool:
-    "Whether there is a server; a static file, because a page would start a kernel."
-    try: urlopen(address + "/voila/static/nothing", timeout=5).close()
-    except URLError as error: return hasattr(error, "code")
-    except OSError: return False
-    return True
-
-
 @contextmanager
 def dashboard(repo: Path, folder: Path, **more: str):
     "The address of the page, as the bare command serves it, playing the model that ships."
     port = free_port()
     env = environment(folder, **{"MUSICGEN_PATHS_MODEL": str(SHIPPED), **more})
     command = ["-m", "voila", "dashboards/generate.ipynb", "--no-browser", f"--port={port}"]
-    with running(command, port, repo, env, folder / "voila.log") as address: yield address
+    nothing = "/voila/static/nothing"   # a page would start a kernel
+    with running(command, port, repo, env, folder / "voila.log", nothing) as address: yield address
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,14 @@
 """A headless Chromium opens every notebook of the project in JupyterLab, and runs three of them, as a reader would."""
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
-import psutil
 import pytest
+from servers import PATIENCE, environment, free_port, running
 
 REPO = Path(__file__).resolve().parent.parent
 THREE = ("tutorials/01_your_first_piece.ipynb", "tutorials/05_how_the_model_works.ipynb", "[0-9][0-9]_score.ipynb")
-PATIENCE = 180   # seconds for anything that may be slow on a busy machine
-ALONE = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--mute-audio",
-         "--disable-component-update", "--no-first-run", "--disable-dev-shm-usage",
-         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 OPEN = """async path => {
     const app = window.jupyterapp, panel = await app.commands.execute('docmanager:open', {path, factory: 'Notebook'})
     await panel.context.ready; await panel.revealed
@@ -47,61 +37,22 @@ def notebooks(tmp_path_factory) -> Path:
 def lab(notebooks, tmp_path_factory):
     "The address of a JupyterLab over the copy; its settings and its kernels are its own."
     place = tmp_path_factory.mktemp("jupyter lab")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folders = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR",
-               "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
+    port = free_port()
     # no setting of ours, and nothing that a test of notebooks has left behind, reaches the kernels
-    env = {k: v for k, v in os.environ.items() if not k.startswith("MUSICGEN_") and k != "IN_TEST"}
-    env |= {name: str(place / name.lower()) for name in folders} | {"JUPYTER_PREFER_ENV_PATH": "1"}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root",
+    env = {name: value for name, value in environment(place, JUPYTER_PREFER_ENV_PATH="1").items()
+           if not name.startswith("MUSICGEN_") and name != "IN_TEST"}
+    command = ["-m", "jupyterlab", "--no-browser", "--allow-root",
                f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--ServerApp.ip=127.0.0.1",
                "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={notebooks}"]
-    address, end = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
-    log = place / "lab.log"
-    with open(log, "wb") as out:
-        server = psutil.Popen(command, cwd=place, env=env, stdin=subprocess.DEVNULL, stdout=out,
-                              stderr=subprocess.STDOUT)
-    try:
-        while not answers(address + "/api"):
-            told = log.read_text(errors="replace")
-            assert server.poll() is None and time.monotonic() < end, told
-            time.sleep(0.2)
-        yield address
-    finally:
-        family = [server, *server.children(recursive=True)] if server.is_running() else [server]
-        server.terminate()
-        _, left = psutil.wait_procs(family, timeout=20)
-        for process in left: process.kill()
-        psutil.wait_procs(left, timeout=5)
-
-
-def answers(address: str) -> bool:
-    try: urlopen(address, timeout=5).close()
-    except URLError as error: return hasattr(error, "code")
-    except OSError: return False
-    return True
+    with running(command, port, place, env, place / "lab.log", "/api") as address: yield address
 
 
 @pytest.fixture(scope="module")
-def page(chromium, lab):
-    "A page of a browser that can reach this machine and no other, in an empty JupyterLab."
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ALONE)
-        page = browser.new_page(viewport=dict(width=1280, height=900))
-        page.set_default_timeout(PATIENCE * 1000)
-        yield page
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def screens() -> Path:
-    "Where the screenshots go: produced, and worth a look."
-    folder = REPO / "artifacts" / "screens"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def page(browser, lab):
+    "A page in an empty JupyterLab."
+    page = browser.new_page(viewport=dict(width=1280, height=900))
+    page.set_default_timeout(PATIENCE * 1000)
+    return page
 
 
 def test_every_notebook_opens(page, lab, notebooks):
