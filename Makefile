@@ -84,11 +84,11 @@ up:
 	@$(CONTAINED) || $(MAKE) --no-print-directory up-here
 .PHONY: up-here
 up-here: .venv/play-ready
-	@$(VENV) -m musicgen.services up
+	@$(VENV) -m musicgen.app.services up
 
 down:
 	@if $(CONTAINED); then docker compose down; fi
-	@if test -x $(VENV); then $(VENV) -m musicgen.services down; fi
+	@if test -x $(VENV); then $(VENV) -m musicgen.app.services down; fi
 
 ingest preprocess tune train evaluate test: .venv/run-ready
 	@$(VENV) run_pipeline.py $@
