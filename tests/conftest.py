@@ -1,4 +1,4 @@
-"""What several tests share: the repository, a copy of it, a browser."""
+"""What several tests share: the repository, a browser; which tests are slow, and who runs them."""
 
 import os
 import shutil
@@ -17,6 +17,43 @@ ALONE = [
     "--disable-dev-shm-usage",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
+
+
+# Test files that take longest first: with two processes, none is left alone with them at the end.
+SLOW_FILES = (
+    "test_services",
+    "test_faults",
+    "test_learning",
+    "test_browser",
+    "test_pipeline",
+    "test_runner",
+    "test_entry_points",
+    "test_load",
+    "test_jupyterlab",
+    "test_sources",
+    "test_features",
+    "test_readme",
+    "test_promises",
+    "test_evaluation",
+    "test_style",
+)
+SLOW_NOTEBOOKS = ("tutorials/", "bench/", "tune", "train", "evaluate", "test", "services")
+
+
+def pytest_collection_modifyitems(items):
+    """The tests of a file share its fixtures and run in one process, and notebooks run one by one.
+
+    Files of `SLOW_FILES` come first and are marked slow, and so are some notebooks."""
+    for item in items:
+        file = Path(item.fspath).stem
+        name = item.callspec.id if file == "test_notebooks" else file
+        item.add_marker(pytest.mark.xdist_group(name))
+        if file in SLOW_FILES or (
+            file == "test_notebooks" and any(word in name for word in SLOW_NOTEBOOKS)
+        ):
+            item.add_marker(pytest.mark.slow)
+    order = {name: k for k, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: order.get(Path(item.fspath).stem, len(order)))
 
 
 @pytest.fixture(scope="session")

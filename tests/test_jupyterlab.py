@@ -12,7 +12,7 @@ REPO = Path(__file__).resolve().parent.parent
 THREE = (
     "tutorials/01_your_first_piece.ipynb",
     "tutorials/05_how_the_model_works.ipynb",
-    "[0-9][0-9]_score.ipynb",
+    "music/[0-9][0-9]_score.ipynb",
 )
 OPEN = """async path => {
     const app = window.jupyterapp, panel = await app.commands.execute('docmanager:open', {path, factory: 'Notebook'})

@@ -31,7 +31,9 @@ def fold(source: str) -> str:
             left.append(node)
             continue
         first = node.args.args[0]
-        owner = classes.get(ast.unparse(first.annotation).strip("'\"")) if first.annotation else None
+        owner = (
+            classes.get(ast.unparse(first.annotation).strip("'\"")) if first.annotation else None
+        )
         if owner is None:
             left.append(node)
             continue

@@ -337,5 +337,5 @@ def main(
     return 2
 
 # %% ../../nbs/app/05_services.ipynb #f6e085af
-if __name__ == "__main__" and __package__ == "musicgen":  # python -m musicgen.app.services
+if __name__ == "__main__" and __package__ == "musicgen.app":  # python -m musicgen.app.services
     raise SystemExit(main())
