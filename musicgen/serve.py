@@ -29,7 +29,13 @@ from starlette.responses import HTMLResponse, Response, StreamingResponse
 
 from . import __version__
 from .app.jobs import EXTENSIONS, JSON, MIDI, ZIP, Job, JobResult, Stop, WorkerPool
-from .app.middleware import ApiMetrics, ApiMiddleware, open_log, patient, problem
+from musicgen.app.middleware import (
+    ApiMetrics,
+    ApiMiddleware,
+    idle_protocol,
+    problem,
+    write_access_log,
+)
 from .core import Layout, Rejection, read_settings
 from .generation.generate import LoadedModel, ModelMissing, Stopped, open_model
 from .generation.receipt import verify
@@ -450,7 +456,7 @@ def make_app(layout: Layout | None = None) -> FastAPI:  # whose model and settin
 
     @asynccontextmanager
     async def life(app: FastAPI):
-        open_log()
+        write_access_log()
         await run_in_threadpool(service.start)
         yield
         await run_in_threadpool(service.close)
@@ -473,7 +479,7 @@ def make_app(layout: Layout | None = None) -> FastAPI:  # whose model and settin
     _add_pages(app, service)
     paths = tuple(route.path for route in app.routes)
     app.state.meters = ApiMetrics(paths, lambda: service.inside)
-    app.add_middleware(ApiMiddleware, limits=lambda: service.limits, meters=app.state.meters)
+    app.add_middleware(ApiMiddleware, limits=lambda: service.limits, metrics=app.state.meters)
     make, app.openapi = app.openapi, lambda: _document(app, make)
     return app
 
@@ -616,6 +622,6 @@ def run(layout: Layout | None = None):  # whose model and settings; None: the pr
         make_app(here),
         host=api["host"],
         port=api["port"],
-        http=patient(api["patience"]),
+        http=idle_protocol(api["patience"]),
         timeout_graceful_shutdown=int(api["timeout"]) + 5,
     )

@@ -1,4 +1,7 @@
-"""Where things stand: notebooks, modules, imports, links, stored outputs, configs."""
+"""Where things are: notebooks, modules, imports, links, stored outputs, configs.
+
+`python tests/test_layout.py` writes the map of README from the notebooks' promises.
+"""
 
 import ast
 import json
@@ -61,7 +64,7 @@ def imported(cell: dict) -> set[str]:
 
 
 def may_import(importer: str, module: str) -> bool:
-    "The rule: a library imports itself (lower numbers) and libraries before it; the spine imports anything before it."
+    "A library imports itself (lower numbers) and libraries before it; the spine imports libraries."
     (place, number), (other, lower) = NUMBERS[importer], NUMBERS[module]
     if other in LIBRARIES and place not in LIBRARIES:
         return True
@@ -102,6 +105,134 @@ def test_imports_point_down(path):
         for module in imported(cell) - {module_of(path)}:
             said = f"{name_of(path)} imports {module}:\n{cell['source']}"
             assert may_import(module_of(path), module), said
+
+
+# ---- the reading order, and what derives from it ----
+
+
+def reading_order() -> list[Path]:
+    "The notebooks of the book in the order that nbs/index.ipynb states."
+    (text,) = [
+        c["source"]
+        for c in cells(REPO / "nbs/index.ipynb", "markdown")
+        if "reading order" in c["source"]
+    ]
+    return [REPO / "nbs" / link for link in re.findall(r"\]\(([^)]+\.ipynb)\)", text)]
+
+
+def test_the_reading_order_is_complete():
+    assert sorted(reading_order()) == MODULES
+
+
+@each_module
+def test_the_last_cell_leads_to_the_next_notebook(path):
+    order = reading_order()
+    last = cells(path, "markdown")[-1]["source"]
+    links = re.findall(r"\]\(([^)]+\.ipynb)\)", last)
+    if path == order[-1]:
+        return
+    following = order[order.index(path) + 1]
+    assert [(path.parent / link).resolve() for link in links[-1:]] == [following], (
+        f"{name_of(path)} ends with {links}, and {name_of(following)} comes next"
+    )
+
+
+def promise_of(path: Path) -> str:
+    "The one-line promise under a notebook's title."
+    (first, *_) = cells(path, "markdown")
+    block = re.search(r"^# .+\n\n((?:> .*\n?)+)", first["source"])
+    assert block, f"{name_of(path)} has no promise under its title"
+    return " ".join(line.removeprefix("> ").strip() for line in block[1].splitlines())
+
+
+def readme_map() -> str:
+    "The table of README: module, notebook, what it is for."
+    rows = ["| module | what it is for |", "|---|---|"]
+    libraries = {name: k for k, name in enumerate(LIBRARIES[1:], 1)}
+    place = lambda path: (libraries.get(module_of(path).split(".")[0], 0), path)
+    for path in sorted(MODULES, key=place):
+        link = path.relative_to(REPO)
+        rows.append(f"| [`{module_of(path)}`]({link}) | {promise_of(path)} |")
+    return "\n".join(rows)
+
+
+MAP = re.compile(r"(<!-- map: .*? -->\n).*?(<!-- end of map -->)", re.DOTALL)
+
+
+def test_the_map_of_the_readme_is_that_of_the_notebooks():
+    text = (REPO / "README.md").read_text("utf-8")
+    written = MAP.sub(lambda m: f"{m[1]}{readme_map()}\n{m[2]}", text)
+    assert text == written, "run `python tests/test_layout.py`"
+
+
+def links_of(text: str) -> list[str]:
+    "The relative links of Markdown, without anchors; code is left out."
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    found = re.findall(r"\]\(<?([^)#>\s]+)[^)]*\)", text)
+    return [link for link in found if not re.match(r"[a-z]+:", link)]
+
+
+PAGES = [
+    *NOTEBOOKS,
+    REPO / "nbs/index.ipynb",
+    *sorted(REPO.glob("*.md")),
+    REPO / "musicgen/assets/README.md",
+]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(REPO)))
+def test_every_link_leads_somewhere(path):
+    if path.suffix == ".ipynb":
+        text = "\n\n".join(c["source"] for c in cells(path, "markdown"))
+    else:
+        text = path.read_text("utf-8")
+    broken = [link for link in links_of(text) if not (path.parent / link).exists()]
+    assert not broken, f"{path.name} links to {', '.join(broken)}"
+
+
+@each_notebook
+def test_no_number_of_a_notebook_is_written_down(path):
+    "A notebook is named by a link; its number may change."
+    stems = "|".join(p.stem for p in MODULES)
+    for cell in cells(path) + cells(path, "markdown"):
+        text = re.sub(r"\]\([^)]*\)", "]", cell["source"])
+        hit = re.search(rf"(?<![\w/])({stems})(?!\w)", text)
+        assert not hit, f"{name_of(path)} names {hit and hit[0]}:\n{cell['source']}"
+
+
+@each_module
+def test_private_names_stay_in_their_module(path):
+    "What two modules need is public in the lower one."
+    for cell in cells(path):
+        for node in ast.walk(ast.parse(code(cell))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("musicgen"):
+                names = [alias.name for alias in node.names if alias.name.startswith("_")]
+                names = [name for name in names if name != "__version__"]
+                assert not names, f"{name_of(path)} imports {', '.join(names)} of {node.module}"
+
+
+@each_module
+def test_methods_are_attached_with_patch(path):
+    "No function is assigned to an attribute of a class in an exported cell."
+    for cell in cells(path):
+        if "#| export" not in cell["source"]:
+            continue
+        tree = ast.parse(code(cell))
+        for node in tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            for target in [
+                t for x in targets for t in (x.elts if isinstance(x, ast.Tuple) else [x])
+            ]:
+                attached = (
+                    isinstance(target, ast.Attribute) and ast.unparse(target.value)[:1].isupper()
+                )
+                assert not attached, f"{name_of(path)} attaches {ast.unparse(target)}; use @patch"
+            assert "setattr(" not in ast.unparse(node) or isinstance(
+                node, ast.FunctionDef | ast.ClassDef
+            ), f"{name_of(path)} attaches with setattr; use @patch"
+
+
+# ---- what notebooks may not do ----
 
 
 @each_notebook
@@ -165,7 +296,7 @@ def test_the_config_fits_the_notebooks():
     ["ship.yaml", "finetune.yaml", "bench.yaml", "load.yaml", "records.yaml", "ablations.yaml"],
 )
 def test_every_config_is_accepted(config, tmp_path):
-    "The pipeline runner accepts it: each notebook is there, each parameter has its value, nothing is stray."
+    "Each notebook is there, each parameter has its value, nothing is stray."
     for name in ("index.csv", "corpus.npy"):  # what the pipeline would have made
         (tmp_path / "data/processed").mkdir(parents=True, exist_ok=True)
         (tmp_path / "data/processed" / name).touch()
@@ -236,7 +367,7 @@ def test_clean_and_export_change_nothing(command, tmp_path):
 
 
 def test_playing_imports_no_torch():
-    "What the dashboard, the API and the shell command import does without the libraries of training."
+    "The dashboard, the API and the shell command import no library of training."
     modules = ["generation.generate", "serve", "dashboard", "cli"]
     heavy = ["torch", "pandas", "papermill", "music21", "verovio"]
     call = (
@@ -303,3 +434,9 @@ def test_a_stage_runs_without_its_examples(repo, tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+if __name__ == "__main__":
+    readme = REPO / "README.md"
+    text = MAP.sub(lambda m: f"{m[1]}{readme_map()}\n{m[2]}", readme.read_text("utf-8"))
+    readme.write_text(text, "utf-8")

@@ -22,7 +22,6 @@ PLAIN = (
     "make ",
     "python3 -m venv",
     ".venv/bin/",
-    "jupyter lab",
     "voila ",
     "uvicorn ",
     "python run_pipeline.py --",
@@ -137,9 +136,3 @@ def test_links_and_pictures_are_there(repo):
     text = (repo / "README.md").read_text("utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     assert len(links) > 20 and [link for link in links if not (repo / link).exists()] == []
-
-
-def test_the_map_shows_every_room(repo):
-    text = (repo / "README.md").read_text("utf-8")
-    rooms = sorted(p.name for p in (repo / "nbs").glob("[0-9][0-9]_*.ipynb"))
-    assert rooms and [name for name in rooms if f"nbs/{name}" not in text] == []

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import yaml
 
-from musicgen.app.services import Service, _family, down, up
+from musicgen.app.services import Service, service_processes, down, up
 from musicgen.core import Layout, Rejection
 from musicgen.music.score import read_midi
 
@@ -115,7 +115,9 @@ class House:
         )
 
     def process(self, word: str) -> psutil.Process | None:
-        return next((p for p in _family(Layout(self.root)) if word in " ".join(p.cmdline())), None)
+        return next(
+            (p for p in service_processes(Layout(self.root)) if word in " ".join(p.cmdline())), None
+        )
 
 
 @pytest.fixture
@@ -173,7 +175,7 @@ def test_up_and_down(house):
     soon(lambda: answers(api + "/health"), "the API is back, and does not answer")
     assert house.process("voila ").is_running(), "the dashboard has not noticed"
 
-    family = _family(Layout(house.root))
+    family = service_processes(Layout(house.root))
     assert len(family) >= 4, "a supervisor, the API, the dashboard, a kernel"
     done = house.make("down")
     assert done.returncode == 0 and "down" in done.stdout, done.stdout + done.stderr
@@ -200,7 +202,7 @@ def test_a_port_that_is_taken(house):
         done = house.make("up")
     (told,) = [line for line in done.stderr.splitlines() if line.startswith("musicgen:")]
     assert done.returncode and f"port {house.dashboard} " in told and "voila.json" in told
-    assert _family(Layout(house.root)) == []
+    assert service_processes(Layout(house.root)) == []
 
 
 def test_a_program_that_only_dies(tmp_path):
@@ -211,7 +213,7 @@ def test_a_program_that_only_dies(tmp_path):
     )
     with pytest.raises(Rejection, match="does not answer .* ends: no strings"):
         up(layout, [broken], 3)
-    assert _family(layout) == []
+    assert service_processes(layout) == []
     assert "no strings" in (layout.root / "artifacts/services/toy.log").read_text()
 
 
