@@ -23,6 +23,10 @@ import pytest
 import yaml
 
 REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO / "tools"))
+
+import image  # noqa: E402
+
 BASE, IMAGE, USER = "localhost/musicgen-base:bookworm", "localhost/musicgen:check", "10001"
 PATIENCE = 120  # seconds for anything that may be slow on a busy machine
 STRAIGHT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -40,8 +44,13 @@ def env(tmp_path_factory) -> dict[str, str]:
     if what := missing(): pytest.fail(f"the image cannot be built here without {what} (Debian: apt-get install buildah debootstrap)")
     folder = tmp_path_factory.mktemp("storage")
     settings = folder / "storage.conf"
-    settings.write_text(f'[storage]\ndriver = "vfs"\ngraphroot = "{folder}/graph"\nrunroot = "{folder}/run"\n', "utf-8")
-    yield dict(os.environ, CONTAINERS_STORAGE_CONF=str(settings), BUILDAH_ISOLATION="chroot")
+    settings.write_text(f'[storage]\ndriver = ""\ngraphroot = "{folder}/graph"\nrunroot = "{folder}/run"\n', "utf-8")
+    before = dict(os.environ)
+    os.environ["CONTAINERS_STORAGE_CONF"] = str(settings)
+    try: env = image.environment("buildah")
+    finally: os.environ.clear(); os.environ.update(before)
+    print(f"buildah's storage: {env['STORAGE_DRIVER']}")
+    yield env
     shutil.rmtree(folder)
 
 

@@ -23,9 +23,13 @@ def call(*words, **more) -> str:
 
 
 def environment(engine: str) -> dict[str, str]:
-    "As root, buildah needs neither a daemon nor a kernel's help: a chroot isolates, plain folders store."
+    "As root, buildah needs no daemon: a chroot isolates; layers are overlaid where the kernel can, else copied. What is set stays."
     if engine != "buildah" or os.geteuid(): return dict(os.environ)
-    return dict(BUILDAH_ISOLATION="chroot", STORAGE_DRIVER="vfs") | os.environ
+    plain = dict(BUILDAH_ISOLATION="chroot") | os.environ
+    if "STORAGE_DRIVER" in plain: return plain
+    overlay = plain | dict(STORAGE_DRIVER="overlay")
+    possible = subprocess.run(["buildah", "info"], env=overlay, capture_output=True).returncode == 0
+    return overlay if possible else plain | dict(STORAGE_DRIVER="vfs")
 
 
 def build(engine: str, target: str, name: str, *options: str):

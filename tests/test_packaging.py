@@ -1,0 +1,90 @@
+"""What is promised to those who install: the pins fit the lowest Python, and cover what the extras bring."""
+import re
+import tomllib
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+EXTRAS = ("train", "dev")
+"What `make check` installs beside the base: of these every distribution is here, and can be asked."
+
+
+@pytest.fixture(scope="module")
+def project(repo) -> dict:
+    return tomllib.loads((repo / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+@pytest.fixture(scope="module")
+def pins(repo) -> dict[str, str]:
+    "constraints.txt as {name: version}."
+    lines = [line.split("#")[0].strip() for line in (repo / "constraints.txt").read_text("utf-8").splitlines()]
+    found = [re.fullmatch(r"([\w.-]+)==(\S+)", line) for line in lines if line]
+    assert len(found) > 100 and None not in found, "a line of constraints.txt is no NAME==VERSION"
+    names = [canonicalize_name(match[1]) for match in found]
+    assert len(set(names)) == len(names), "constraints.txt names a package twice"
+    return {name: match[2] for name, match in zip(names, found)}
+
+
+def lowest(project: dict) -> Version:
+    "The lowest Python that pyproject.toml admits: `>=3.11` is 3.11.0."
+    bounds = [part.version for part in SpecifierSet(project["requires-python"]) if part.operator == ">="]
+    assert len(bounds) == 1
+    parts = Version(bounds[0]).release
+    return Version(".".join(map(str, (parts + (0, 0))[:3])))
+
+
+def brought(project: dict) -> dict[str, str]:
+    "What the base and the extras bring on this machine, and what that needs in its turn: {name: Requires-Python}."
+    names, found = [], {}
+    lines = project["dependencies"] + [line for extra in EXTRAS for line in project["optional-dependencies"][extra]]
+    waiting = [(Requirement(line), "") for line in lines]
+    while waiting:
+        need, extra = waiting.pop()
+        if need.marker and not need.marker.evaluate({"extra": extra}): continue
+        name = canonicalize_name(need.name)
+        if (name, frozenset(need.extras)) in names: continue
+        names.append((name, frozenset(need.extras)))
+        metadata = distribution(name)
+        found[name] = metadata.metadata["Requires-Python"] or ""
+        waiting += [(Requirement(line), extra) for line in metadata.requires or [] for extra in ("", *need.extras)]
+    return found
+
+
+def test_every_pin_installs_on_the_lowest_python(project, pins):
+    "`requires-python` is a promise: no pinned version may want a later Python."
+    low, asked, late = lowest(project), 0, {}
+    for name, version in pins.items():
+        try: metadata = distribution(name)
+        except PackageNotFoundError: continue   # of [bench], or of another Python: `make pythons` asks the index for these
+        if Version(metadata.version).public != Version(version).public: continue   # moved in constraints.txt, not installed yet
+        asked += 1
+        if not SpecifierSet(metadata.metadata["Requires-Python"] or "").contains(low): late[name] = metadata.metadata["Requires-Python"]
+    assert late == {}, f"these pins do not install on Python {low}"
+    assert asked > 150, f"only {asked} of {len(pins)} pins are installed here: run `make .venv/check-ready`"
+
+
+def test_everything_that_is_installed_has_its_pin(project, pins):
+    "Without a pin the next installation may bring another version."
+    needs = brought(project)
+    assert len(needs) > 100 and sorted(set(needs) - set(pins) - {"setuptools", "pip"}) == []
+
+
+def test_every_dependency_admits_its_pin(project, pins):
+    "pyproject.toml says what is allowed, constraints.txt what is installed: the second lies in the first."
+    lines = project["dependencies"] + [line for extra in project["optional-dependencies"].values() for line in extra]
+    needs = [Requirement(line) for line in lines]
+    outside = [str(need) for need in needs if (pin := pins.get(canonicalize_name(need.name))) and not need.specifier.contains(pin)]
+    assert outside == []
+
+
+def test_no_file_names_a_package_index_or_a_path_of_a_machine(repo):
+    "Which index is asked is a setting of the machine: of pip, of npm, of Debian's apt."
+    words = re.compile(r"--(?:extra-)?index-url[ =]+http|https?://\S*(?:pypi\.|pythonhosted|/simple\b|/whl\b|registry\.npmjs)|find-links[ =]+\S*/")
+    names = ["Dockerfile", "Makefile", "compose.yaml", "constraints.txt", "pyproject.toml", ".ci/run",
+             *[str(path.relative_to(repo)) for path in sorted((repo / "tools").glob("*.py"))]]
+    assert [name for name in names if words.search((Path(repo) / name).read_text("utf-8"))] == []
