@@ -1,6 +1,6 @@
 # Every target builds what it needs. All paths are relative, so a clone may lie in a folder with spaces.
 .DEFAULT_GOAL := help
-.PHONY: help run play up down docker-build docker-train image-check pythons check bench load records ablations ship ingest preprocess fe tune train evaluate test clean
+.PHONY: help run play lab up down docker-build docker-train image-check pythons check quick bench load records ablations ship ingest preprocess fe tune train evaluate test clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 SHELL := /bin/sh
@@ -18,7 +18,9 @@ help:
 	@echo "make run     the whole pipeline: a trained model, a report, MIDI files"
 	@echo "make up      the API and the dashboard as services that stay up (by Docker where it is); make down ends them"
 	@echo "make docker-build   the image that make up runs where there is a Docker engine; make docker-train: the one that trains"
-	@echo "make check   every test"
+	@echo "make lab     JupyterLab, with all it takes to run any notebook"
+	@echo "make quick   the fast tests: two minutes"
+	@echo "make check   every test, lint and type check: ten minutes"
 	@echo "make image-check   builds the image on a Debian of its own and runs it (root, buildah, debootstrap; five minutes)"
 	@echo "make pythons   installs, plays and tests on the Pythons of Debian 12 and 13 (root, debootstrap): before each release"
 	@echo "make bench   our speed beside peers and limits, over the corpus in data/raw (half an hour)"
@@ -105,11 +107,11 @@ up:
 	@$(CONTAINED) || $(MAKE) --no-print-directory up-here
 .PHONY: up-here
 up-here: .venv/play-ready
-	@$(VENV) -m musicgen.services up
+	@$(VENV) -m musicgen.app.services up
 
 down:
 	@if $(CONTAINED); then docker compose down; fi
-	@if test -x $(VENV); then $(VENV) -m musicgen.services down; fi
+	@if test -x $(VENV); then $(VENV) -m musicgen.app.services down; fi
 
 ingest preprocess tune train evaluate test: .venv/run-ready
 	@$(VENV) run_pipeline.py $@
@@ -138,13 +140,15 @@ ship: .venv/run-ready
 	@mkdir -p musicgen/assets
 	@cp ship/artifacts/models/music_lstm.safetensors ship/artifacts/models/originality.npz ship/artifacts/models/README.md musicgen/assets/
 
-# pytest comes last, so that its closing line is the last one; a failing notebook fails the check too
+lab: .venv/check-ready
+	@$(VENV) -m jupyterlab nbs
+
+# every notebook is a test too; two processes share them all, and the ten slowest are printed
+PYTEST := OMP_NUM_THREADS=1 $(VENV) -m pytest tests -n 2 --dist loadgroup --durations 10
 check: .venv/check-ready
-	@echo "notebooks: every cell of every room"; \
-	OMP_NUM_THREADS=1 $(VENV) -c "from nbdev.test import nbdev_test; nbdev_test()" --path nbs --n_workers 2; notebooks=$$?; \
-	$(VENV) -m pytest tests; tests=$$?; \
-	test $$notebooks -eq 0 || echo "make check: a notebook fails; its name and its error stand above." >&2; \
-	test $$notebooks -eq 0 -a $$tests -eq 0
+	@$(PYTEST)
+quick: .venv/check-ready
+	@$(PYTEST) -m "not slow"
 
 clean:
 	rm -rf artifacts data/external data/raw data/interim data/processed

@@ -1,4 +1,5 @@
-"""What several tests share: the repository, a copy of it, a browser."""
+"""What several tests share: the repository, a browser; which tests are slow, and who runs them."""
+
 import os
 import shutil
 from pathlib import Path
@@ -6,9 +7,53 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-ALONE = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--mute-audio",
-         "--disable-component-update", "--no-first-run", "--disable-dev-shm-usage",
-         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+ALONE = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--mute-audio",
+    "--disable-component-update",
+    "--no-first-run",
+    "--disable-dev-shm-usage",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]
+
+
+# Test files that take longest first: with two processes, none is left alone with them at the end.
+SLOW_FILES = (
+    "test_services",
+    "test_faults",
+    "test_learning",
+    "test_browser",
+    "test_pipeline",
+    "test_runner",
+    "test_entry_points",
+    "test_load",
+    "test_jupyterlab",
+    "test_sources",
+    "test_features",
+    "test_readme",
+    "test_promises",
+    "test_evaluation",
+    "test_style",
+)
+SLOW_NOTEBOOKS = ("tutorials/", "bench/", "tune", "train", "evaluate", "test", "services")
+
+
+def pytest_collection_modifyitems(items):
+    """The tests of a file share its fixtures and run in one process, and notebooks run one by one.
+
+    Files of `SLOW_FILES` come first and are marked slow, and so are some notebooks."""
+    for item in items:
+        file = Path(item.fspath).stem
+        name = item.callspec.id if file == "test_notebooks" else file
+        item.add_marker(pytest.mark.xdist_group(name))
+        if file in SLOW_FILES or (
+            file == "test_notebooks" and any(word in name for word in SLOW_NOTEBOOKS)
+        ):
+            item.add_marker(pytest.mark.slow)
+    order = {name: k for k, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: order.get(Path(item.fspath).stem, len(order)))
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +67,8 @@ def plain_environment(monkeypatch):
     "No setting of the person who runs the tests leaks into them."
     kept = ("MUSICGEN_BROWSER_REQUIRED", "MUSICGEN_SHARED")
     ours = [n for n in os.environ if n.startswith("MUSICGEN_") and n not in kept]
-    for name in ours: monkeypatch.delenv(name)
+    for name in ours:
+        monkeypatch.delenv(name)
     monkeypatch.delenv("IN_TEST", raising=False)
 
 
@@ -30,9 +76,11 @@ def plain_environment(monkeypatch):
 def chromium() -> str:
     "The path of a Chromium; without one the test is skipped, and in CI it fails."
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    if found := next(filter(None, map(shutil.which, names)), None): return found
+    if found := next(filter(None, map(shutil.which, names)), None):
+        return found
     told = "no chromium on this machine (Debian and Ubuntu: apt-get install chromium)"
-    if os.environ.get("CI") or os.environ.get("MUSICGEN_BROWSER_REQUIRED"): pytest.fail(told)
+    if os.environ.get("CI") or os.environ.get("MUSICGEN_BROWSER_REQUIRED"):
+        pytest.fail(told)
     pytest.skip(told)
 
 
@@ -40,6 +88,7 @@ def chromium() -> str:
 def browser(chromium):
     "A Chromium that can reach this machine and no other."
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=ALONE)
         yield browser

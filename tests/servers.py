@@ -1,4 +1,5 @@
 """Servers that tests start and end: for one test module each, with folders of their own."""
+
 import os
 import socket
 import subprocess
@@ -22,8 +23,14 @@ def free_port() -> int:
 
 def environment(home: Path, **more: str) -> dict[str, str]:
     "That of a person whose Jupyter folders lie in `home`, so that nothing of ours is touched."
-    folders = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR",
-               "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
+    folders = (
+        "JUPYTER_CONFIG_DIR",
+        "JUPYTER_DATA_DIR",
+        "JUPYTER_RUNTIME_DIR",
+        "IPYTHONDIR",
+        "JUPYTERLAB_SETTINGS_DIR",
+        "JUPYTERLAB_WORKSPACES_DIR",
+    )
     return {**os.environ, **{name: str(home / name.lower()) for name in folders}, **more}
 
 
@@ -31,8 +38,14 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 def running(command: list[str], port: int, cwd: Path, env: dict[str, str], log: Path, path: str):
     "The address of a server, once it answers for `path`; at the end it is gone, and its kernels with it."
     with open(log, "wb") as out:
-        server = psutil.Popen([sys.executable, *command], cwd=cwd, env=env, stdout=out,
-                              stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        server = psutil.Popen(
+            [sys.executable, *command],
+            cwd=cwd,
+            env=env,
+            stdout=out,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
+        )
     address, end = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
     try:
         while not answers(address + path):
@@ -45,13 +58,17 @@ def running(command: list[str], port: int, cwd: Path, env: dict[str, str], log: 
         family = [server, *server.children(recursive=True)] if server.is_running() else [server]
         server.terminate()
         _, left = psutil.wait_procs(family, timeout=20)
-        for process in left: process.kill()
+        for process in left:
+            process.kill()
         psutil.wait_procs(left, timeout=5)
 
 
 def answers(address: str) -> bool:
     "Whether there is a server; what it answers does not matter."
-    try: urlopen(address, timeout=5).close()
-    except URLError as error: return hasattr(error, "code")
-    except OSError: return False
+    try:
+        urlopen(address, timeout=5).close()
+    except URLError as error:
+        return hasattr(error, "code")
+    except OSError:
+        return False
     return True

@@ -1,4 +1,5 @@
 """A headless Chromium drives the dashboard and a notebook in JupyterLab, as a person would."""
+
 import base64
 import io
 import json
@@ -11,8 +12,8 @@ from urllib.parse import urlsplit
 import pytest
 from servers import PATIENCE, environment, free_port, running
 
-from musicgen.core import SHIPPED
-from musicgen.score import DRUMS, make_score, read_midi, write_midi
+from musicgen.core import SHIPPED_MODEL
+from musicgen.music.score import DRUMS, make_score, read_midi, write_midi
 
 SLOW = PATIENCE * 1000  # the same for the browser, in its unit
 
@@ -33,15 +34,17 @@ def page(browser):
 def dashboard(repo: Path, folder: Path, **more: str):
     "The address of the page, as the bare command serves it, playing the model that ships."
     port = free_port()
-    env = environment(folder, **{"MUSICGEN_PATHS_MODEL": str(SHIPPED), **more})
+    env = environment(folder, **{"MUSICGEN_PATHS_MODEL": str(SHIPPED_MODEL), **more})
     command = ["-m", "voila", "dashboards/generate.ipynb", "--no-browser", f"--port={port}"]
-    nothing = "/voila/static/nothing"   # a page would start a kernel
-    with running(command, port, repo, env, folder / "voila.log", nothing) as address: yield address
+    nothing = "/voila/static/nothing"  # a page would start a kernel
+    with running(command, port, repo, env, folder / "voila.log", nothing) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
 def address(repo, tmp_path_factory):
-    with dashboard(repo, tmp_path_factory.mktemp("voila")) as address: yield address
+    with dashboard(repo, tmp_path_factory.mktemp("voila")) as address:
+        yield address
 
 
 def opened(page, address: str):
@@ -80,7 +83,8 @@ def generated(page, cards: int):
 
 def saved(page, button) -> tuple[str, bytes]:
     "Name and bytes of the file that a click saves."
-    with page.expect_download() as waiting: button.click()
+    with page.expect_download() as waiting:
+        button.click()
     return waiting.value.suggested_filename, Path(waiting.value.path()).read_bytes()
 
 
@@ -90,12 +94,15 @@ def midi_of(page, card) -> bytes:
 
 def drop(page, name: str, data: bytes):
     "Drops a file on the page, as a mouse does."
-    page.evaluate("""([name, data]) => {
+    page.evaluate(
+        """([name, data]) => {
         const moved = new DataTransfer()
         moved.items.add(new File([Uint8Array.from(atob(data), c => c.charCodeAt(0))], name))
         for (const kind of ["dragover", "drop"])
             document.body.dispatchEvent(new DragEvent(kind, {dataTransfer: moved, bubbles: true, cancelable: true}))
-    }""", [name, base64.b64encode(data).decode()])
+    }""",
+        [name, base64.b64encode(data).decode()],
+    )
 
 
 def refused(page, words: str):
@@ -172,7 +179,9 @@ def test_go_on_from_a_take(page, address):
     page.get_by_role("button", name="Remove", exact=True).click()
     page.get_by_role("button", name="String quartet").wait_for()
 
-    noise = dict(name="noise.mid", mimeType="audio/midi", buffer=b"this is no music, whatever its name says")
+    noise = dict(
+        name="noise.mid", mimeType="audio/midi", buffer=b"this is no music, whatever its name says"
+    )
     page.get_by_label("Opening: a MIDI file to continue").set_input_files(noise)
     refused(page, "noise.mid")
     drop(page, "huge.mid", bytes(1_000_001))
@@ -182,12 +191,16 @@ def test_go_on_from_a_take(page, address):
     card.get_by_label("Extend by").press("Enter")
     card.get_by_role("button", name="Extend").click()
     longer = takes(page, 2)
-    assert "bar 5 added" in longer.inner_text() and notes(midi_of(page, longer))[:len(notes(first))] == notes(first)
+    assert "bar 5 added" in longer.inner_text() and notes(midi_of(page, longer))[
+        : len(notes(first))
+    ] == notes(first)
     card = page.locator(".mg-takes .mg-card").nth(1)
     card.get_by_role("button", name="Vary").click()
     varied = takes(page, 3)
     later = lambda data: [note for note in notes(data) if note[0] >= 2 * 3 * 480]
-    assert "bars 1 to 2 drawn again" in varied.inner_text() and later(midi_of(page, varied)) == later(first)
+    assert "bars 1 to 2 drawn again" in varied.inner_text() and later(
+        midi_of(page, varied)
+    ) == later(first)
     varied.get_by_role("button", name="Use as opening").click()
     page.get_by_text("4 bars of 3/4").wait_for()
     page.get_by_role("button", name="Remove", exact=True).click()
@@ -203,13 +216,18 @@ def test_a_link_makes_the_same_music(page, address):
     "The address of the page says what is on the screen; opened anew, it plays the same."
     opened(page, address + "/?instruments=Flute,Oboe&bars=2&key=D+minor&seed=7&takes=2")
     takes(page, 2)
-    assert chips(page) == ["Flute", "Oboe"] and page.get_by_label("Key", exact=True).input_value() == "D minor"
+    assert (
+        chips(page) == ["Flute", "Oboe"]
+        and page.get_by_label("Key", exact=True).input_value() == "D minor"
+    )
     midi = midi_of(page, page.locator(".mg-takes .mg-card").nth(1))
     page.get_by_role("button", name="Generate").focus()
     page.keyboard.press("Control+Enter")
     card = takes(page, 4)
     assert card.locator("h3").inner_text().startswith("Seed") and midi_of(page, card) != midi
-    page.wait_for_function("!location.search.includes('seed=7&') && location.search.includes('takes=2')")
+    page.wait_for_function(
+        "!location.search.includes('seed=7&') && location.search.includes('takes=2')"
+    )
     where, again = page.url, midi_of(page, card)
     opened(page, where)
     assert midi_of(page, takes(page, 2)) == again
@@ -221,9 +239,15 @@ def test_a_link_makes_the_same_music(page, address):
 def test_a_link_waits_for_its_page(page, address):
     "A widget that changes on its way to the browser may not be seen to change: nothing does, until the page is there."
     told, opening = [], re.compile(rb'iopub{[^}]*"msg_type": ?"comm_open"')
+
     def meet(socket):
-        socket.on("framesent", lambda data: told.append("here") if b'{"value":true}' in data else None)
-        socket.on("framereceived", lambda data: told.append("opens") if opening.search(data) else None)
+        socket.on(
+            "framesent", lambda data: told.append("here") if b'{"value":true}' in data else None
+        )
+        socket.on(
+            "framereceived", lambda data: told.append("opens") if opening.search(data) else None
+        )
+
     page.on("websocket", meet)
     opened(page, address + "/?instruments=Flute&bars=2&seed=7")
     takes(page, 1)
@@ -254,17 +278,34 @@ def test_cancel_and_keyboard(page, address, screens):
     page.locator("body").click(position=dict(x=2, y=2))
     for _ in range(60):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("""() => { const one = document.activeElement
+        reached.add(
+            page.evaluate("""() => { const one = document.activeElement
             return one.textContent.trim() || one.getAttribute("aria-label")
-                || one.labels?.[0]?.textContent || "" }"""))
-    wanted = {"String quartet", "Opening: a MIDI file to continue", "Bars", "Mood", "Seed", "Roll the dice",
-              "Generate"}
+                || one.labels?.[0]?.textContent || "" }""")
+        )
+    wanted = {
+        "String quartet",
+        "Opening: a MIDI file to continue",
+        "Bars",
+        "Mood",
+        "Seed",
+        "Roll the dice",
+        "Generate",
+    }
     assert wanted <= reached, wanted - reached
 
 
-@pytest.mark.parametrize("setting, value, words", [
-    ("MUSICGEN_PATHS_MODEL", "nowhere.safetensors", "make run"),
-    ("MUSICGEN_DASHBOARD_API", "http://127.0.0.1:9", "the API at http://127.0.0.1:9 does not answer")])
+@pytest.mark.parametrize(
+    "setting, value, words",
+    [
+        ("MUSICGEN_PATHS_MODEL", "nowhere.safetensors", "make run"),
+        (
+            "MUSICGEN_DASHBOARD_API",
+            "http://127.0.0.1:9",
+            "the API at http://127.0.0.1:9 does not answer",
+        ),
+    ],
+)
 def test_a_missing_model_or_service_is_a_sentence(browser, repo, tmp_path, setting, value, words):
     "The page is up, says what to do, and lives on."
     with dashboard(repo, tmp_path, **{setting: value}) as address:
@@ -286,5 +327,8 @@ def test_four_visitors_at_once(browser, address):
         pages.append(context.new_page())
         pages[-1].set_default_timeout(SLOW)
         pages[-1].goto(address + f"/?bars=2&seed={len(pages)}", wait_until="commit")
-    assert [takes(page, 1).locator("h3").inner_text() for page in pages] == [f"Seed {k}" for k in (1, 2, 3, 4)]
-    for page in pages: page.context.close()
+    assert [takes(page, 1).locator("h3").inner_text() for page in pages] == [
+        f"Seed {k}" for k in (1, 2, 3, 4)
+    ]
+    for page in pages:
+        page.context.close()

@@ -1,4 +1,5 @@
 """What goes wrong on a real machine: kills, full disks, broken bytes, bad archives and models."""
+
 import csv
 import hashlib
 import http.server
@@ -19,18 +20,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from musicgen.core import Layout, Refusal, read_settings, write_atomic
-from musicgen.features import Corpus, make_piece, write_corpus, write_features
-from musicgen.ingest import Source, download, ingest
-from musicgen.preprocess import preprocess, read_scan, scan_files, scan_rows
-from musicgen.score import DRUMS, make_score, read_midi, write_midi
-from musicgen.tokens import Vocab
+from musicgen.core import Layout, Rejection, read_settings, write_atomic
+from musicgen.corpus.dataset import Corpus, write_corpus
+from musicgen.corpus.download import Source, download
+from musicgen.corpus.readers import scan_files
+from musicgen.features import write_features
+from musicgen.ingest import ingest
+from musicgen.model.context import make_piece
+from musicgen.music.score import DRUMS, make_score, read_midi, write_midi
+from musicgen.music.tokens import Vocab
+from musicgen.preprocess import preprocess, read_scan, scan_rows
 
 posix = pytest.mark.skipif(os.name != "posix", reason="a limit or signal of POSIX")
 
 
 @pytest.fixture
-def root(tmp_path) -> Layout: return Layout(tmp_path / "a root")
+def root(tmp_path) -> Layout:
+    return Layout(tmp_path / "a root")
 
 
 def tune(seed: int, notes: int = 24):
@@ -45,13 +51,19 @@ def tune(seed: int, notes: int = 24):
 
 def write_tunes(folder, count: int):
     folder.mkdir(parents=True, exist_ok=True)
-    for k in range(count): (folder / f"{k:03d}.mid").write_bytes(write_midi(tune(k)))
+    for k in range(count):
+        (folder / f"{k:03d}.mid").write_bytes(write_midi(tune(k)))
 
 
 def start(code: str, *words) -> subprocess.Popen:
     "A Python process that does what the code says."
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, words)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear_interrupts)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, words)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=hear_interrupts,
+    )
 
 
 def hear_interrupts():
@@ -75,7 +87,8 @@ def wait_for(what, seconds: float = 30):
 
 def refusal_of(does, *words, **more) -> str:
     "The one sentence of a refusal."
-    with pytest.raises(Refusal) as refused: does(*words, **more)
+    with pytest.raises(Rejection) as refused:
+        does(*words, **more)
     sentence = refused.value.sentence
     assert 10 < len(sentence) < 800, sentence
     return sentence
@@ -83,16 +96,19 @@ def refusal_of(does, *words, **more) -> str:
 
 # Kills.
 
+
 @posix
 def test_killed_in_the_middle_of_a_write(tmp_path):
     "kill -9 between the first half of a file and the second: the old file stands."
     path = tmp_path / "song.mid"
     path.write_bytes(b"old")
-    code = ("import sys, time\nfrom musicgen.core import write_atomic\n"
-            "def slow(part):\n"
-            "    with open(part, 'wb') as f: f.write(b'ne'); f.flush()\n"
-            "    print('half', flush=True); time.sleep(60)\n"
-            "write_atomic(sys.argv[1], slow)")
+    code = (
+        "import sys, time\nfrom musicgen.core import write_atomic\n"
+        "def slow(part):\n"
+        "    with open(part, 'wb') as f: f.write(b'ne'); f.flush()\n"
+        "    print('half', flush=True); time.sleep(60)\n"
+        "write_atomic(sys.argv[1], slow)"
+    )
     process = start(code, path)
     assert process.stdout.readline() == "half\n"
     kill(process)
@@ -105,9 +121,11 @@ def test_killed_in_the_middle_of_a_write(tmp_path):
 def test_killed_at_any_moment_of_many_writes(tmp_path):
     "Twelve kills at random moments: each time one version or the other, whole."
     path, size = tmp_path / "song.mid", 300_000
-    code = ("import itertools, sys\nfrom musicgen.core import write_atomic\n"
-            "for k in itertools.cycle('ab'):\n"
-            f"    write_atomic(sys.argv[1], k * {size}); print(k, flush=True)")
+    code = (
+        "import itertools, sys\nfrom musicgen.core import write_atomic\n"
+        "for k in itertools.cycle('ab'):\n"
+        f"    write_atomic(sys.argv[1], k * {size}); print(k, flush=True)"
+    )
     dice, seen = np.random.default_rng(0), set()
     for _ in range(12):
         process = start(code, path)
@@ -127,23 +145,28 @@ def test_killed_while_it_unpacks(root, tmp_path):
     packed = tmp_path / "tunes.zip"
     data = [(tmp_path / f"tunes/{k:03d}.mid").read_bytes() for k in range(3)]
     with zipfile.ZipFile(packed, "w") as z:
-        for k in range(3000): z.writestr(f"{k}.mid", data[k % 3])
+        for k in range(3000):
+            z.writestr(f"{k}.mid", data[k % 3])
     write_source(root, kind="local", path=str(packed))
-    code = ("import sys\nfrom musicgen.core import Layout\nfrom musicgen.ingest import ingest\n"
-            "ingest(Layout(sys.argv[1]))")
+    code = (
+        "import sys\nfrom musicgen.core import Layout\nfrom musicgen.ingest import ingest\n"
+        "ingest(Layout(sys.argv[1]))"
+    )
     process = start(code, root.root)
     part = root.external / ".mine.part"
     wait_for(lambda: part.exists() and len(list(part.rglob("*.mid"))) > 20)
     kill(process)
     assert not (root.external / "mine").exists() and not (root.raw / "mine").exists()
-    row, = ingest(root)
+    (row,) = ingest(root)
     assert row["files"] == 3 and row["twice"] == 2997
     assert not part.exists() and not list(root.raw.glob(".*"))
 
 
-SCAN = ("import sys\nfrom musicgen.core import Layout\n"
-        "from musicgen.preprocess import preprocess\n"
-        "preprocess(Layout(sys.argv[1]), workers=int(sys.argv[2]))")
+SCAN = (
+    "import sys\nfrom musicgen.core import Layout\n"
+    "from musicgen.preprocess import preprocess\n"
+    "preprocess(Layout(sys.argv[1]), workers=int(sys.argv[2]))"
+)
 
 
 def children(pid: int) -> list[int]:
@@ -168,14 +191,21 @@ def test_killed_while_it_scans(root, tmp_path):
     journal, readers, dice = root.scan.with_suffix(".journal"), [], np.random.default_rng(3)
     for lines in (3, 17, 40):
         process = start(SCAN, root.root, 2)
-        wait_for(lambda process=process, lines=lines: process.poll() is not None or
-                 journal.exists() and journal.read_bytes().count(b"\n") > lines)
+        wait_for(
+            lambda process=process, lines=lines: (
+                process.poll() is not None
+                or journal.exists()
+                and journal.read_bytes().count(b"\n") > lines
+            )
+        )
         time.sleep(float(dice.uniform(0, 0.01)))
         readers += children(process.pid)
-        if process.poll() is None: kill(process)
-        else: process.communicate(timeout=30)
+        if process.poll() is None:
+            kill(process)
+        else:
+            process.communicate(timeout=30)
     assert readers
-    wait_for(lambda: not any(map(alive, readers)))   # they end with the pipe that feeds them
+    wait_for(lambda: not any(map(alive, readers)))  # they end with the pipe that feeds them
     if journal.exists():
         assert not root.scan.exists(), "a scan that is not finished is not there"
         refusal_of(read_scan, root)
@@ -190,9 +220,11 @@ def test_killed_while_it_scans(root, tmp_path):
 def test_killed_behind_the_reading(root, moment):
     "All files are read, and the table is not there: the next run reads none of them again."
     write_tunes(root.raw / "mine", 12)
-    code = ("import os, sys\nimport musicgen.preprocess as room\nfrom musicgen.core import Layout\n"
-            f"room.{moment} = lambda *a, **k: os.kill(os.getpid(), 9)\n"
-            "room.preprocess(Layout(sys.argv[1]), workers=1)")
+    code = (
+        "import os, sys\nimport musicgen.preprocess as room\nfrom musicgen.core import Layout\n"
+        f"room.{moment} = lambda *a, **k: os.kill(os.getpid(), 9)\n"
+        "room.preprocess(Layout(sys.argv[1]), workers=1)"
+    )
     process = start(code, root.root)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
@@ -223,12 +255,20 @@ def test_two_scans_of_one_root(root, tmp_path):
     "The second is refused while the first is at work; the table is that of one scan alone."
     write_tunes(root.raw / "mine", 12)
     os.mkfifo(tmp_path / "endless")
-    code = SCAN.replace("preprocess(Layout", "import musicgen.preprocess as room\nread = room.scan_files\n"
-                        "def slow(*a):\n    yield from read(*a)\n    print('read', flush=True)\n"
-                        "    sys.stdin.readline()\nroom.scan_files = slow\npreprocess(Layout")
-    process = subprocess.Popen([sys.executable, "-c", code, str(root.root), "1"], text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    while process.stdout.readline() != "read\n": assert process.poll() is None
+    code = SCAN.replace(
+        "preprocess(Layout",
+        "import musicgen.preprocess as room\nread = room.scan_files\n"
+        "def slow(*a):\n    yield from read(*a)\n    print('read', flush=True)\n"
+        "    sys.stdin.readline()\nroom.scan_files = slow\npreprocess(Layout",
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(root.root), "1"],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    while process.stdout.readline() != "read\n":
+        assert process.poll() is None
     sentence = refusal_of(preprocess, root, workers=1)
     assert "another run" in sentence and str(root.scan.parent) in sentence
     assert not root.scan.exists()
@@ -245,8 +285,14 @@ def test_a_disk_that_lost_part_of_the_journal(root):
     write_tunes(root.raw / "mine", 12)
     preprocess(root, workers=1)
     before, journal = root.scan.read_bytes(), root.scan.with_suffix(".journal")
-    process = start(SCAN.replace("preprocess(Layout", "import musicgen.preprocess as room\n"
-                                 "room.find_clusters = None\npreprocess(Layout"), root.root, 1)
+    process = start(
+        SCAN.replace(
+            "preprocess(Layout",
+            "import musicgen.preprocess as room\nroom.find_clusters = None\npreprocess(Layout",
+        ),
+        root.root,
+        1,
+    )
     process.communicate(timeout=60)
     lines = journal.read_bytes().splitlines(True)
     assert len(lines) == 13
@@ -284,33 +330,41 @@ def test_killed_while_it_packs(root, moment):
     before = Corpus(root).hash
     (root.raw / "mine/000.mid").unlink()
     preprocess(root, workers=1)
-    code = ("import os, sys\nimport musicgen.features as features\n"
-            "from musicgen.core import Layout\n"
-            f"{moment} = lambda *a, **k: os.kill(os.getpid(), 9)\n"
-            "features.write_features(Layout(sys.argv[1]))")
+    code = (
+        "import os, sys\nimport musicgen.features as features\n"
+        "from musicgen.core import Layout\n"
+        f"{moment} = lambda *a, **k: os.kill(os.getpid(), 9)\n"
+        "features.write_features(Layout(sys.argv[1]))"
+    )
     process = start(code, root.root)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    try: assert Corpus(root).hash == before, "the old corpus, whole, or none"
-    except Refusal as e: assert "run the features stage" in e.sentence
+    try:
+        assert Corpus(root).hash == before, "the old corpus, whole, or none"
+    except Rejection as e:
+        assert "run the features stage" in e.sentence
     write_features(root)
     assert Corpus(root).hash != before and len(Corpus(root).lines) == 11
 
 
 # Full disks.
 
-FULL = ("import resource, signal, sys\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))\n")
+FULL = (
+    "import resource, signal, sys\n"
+    "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))\n"
+)
 
 
 @posix
 def test_a_full_disk_keeps_the_old_file(tmp_path):
     path = tmp_path / "song.mid"
     path.write_bytes(b"old")
-    code = FULL + ("from musicgen.core import write_atomic\n"
-                   "try: write_atomic(sys.argv[2], b'x' * 100_000)\n"
-                   "except OSError as e: print('OSError')")
+    code = FULL + (
+        "from musicgen.core import write_atomic\n"
+        "try: write_atomic(sys.argv[2], b'x' * 100_000)\n"
+        "except OSError as e: print('OSError')"
+    )
     said, wrong = start(code, 1000, path).communicate(timeout=60)
     assert said == "OSError\n", wrong
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["song.mid"]
@@ -324,9 +378,11 @@ def test_a_full_disk_keeps_the_old_scan(root, size):
     preprocess(root, workers=1)
     before = root.scan.read_bytes()
     (root.raw / "mine/012.mid").write_bytes(write_midi(tune(12)))
-    code = FULL + ("from musicgen.core import Layout\nfrom musicgen.preprocess import preprocess\n"
-                   "try: preprocess(Layout(sys.argv[2]), workers=1)\n"
-                   "except OSError as e: print('OSError')")
+    code = FULL + (
+        "from musicgen.core import Layout\nfrom musicgen.preprocess import preprocess\n"
+        "try: preprocess(Layout(sys.argv[2]), workers=1)\n"
+        "except OSError as e: print('OSError')"
+    )
     said, wrong = start(code, size, root.root).communicate(timeout=60)
     assert said.endswith("OSError\n"), (said, wrong)
     assert root.scan.read_bytes() == before
@@ -339,10 +395,12 @@ def test_a_full_disk_keeps_the_old_corpus_or_none(root):
     "And a later run, with room again, is as good as ever."
     write_tunes(root.raw / "mine", 12)
     preprocess(root, workers=1)
-    code = FULL + ("from musicgen.core import Layout\n"
-                   "from musicgen.features import write_features\n"
-                   "try: write_features(Layout(sys.argv[2]))\n"
-                   "except OSError as e: print('OSError')")
+    code = FULL + (
+        "from musicgen.core import Layout\n"
+        "from musicgen.features import write_features\n"
+        "try: write_features(Layout(sys.argv[2]))\n"
+        "except OSError as e: print('OSError')"
+    )
     said, wrong = start(code, 1100, root.root).communicate(timeout=60)
     assert said.endswith("OSError\n"), wrong
     assert "run the features stage" in refusal_of(Corpus, root)
@@ -356,7 +414,8 @@ def house(tmp_path_factory) -> Layout:
     "A root with a model that has learnt nothing."
     import torch
 
-    from musicgen.model import MusicLSTM, MusicLSTMConfig, save_model
+    from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig, save_model
+
     layout = Layout(tmp_path_factory.mktemp("house"))
     torch.manual_seed(0)
     save_model(MusicLSTM(MusicLSTMConfig(hidden=24, head=16)), layout.model)
@@ -378,7 +437,7 @@ def test_a_full_disk_is_one_sentence_in_the_shell(house, tmp_path):
 # Broken MIDI, in hex. What is wrong stands beside it.
 
 HEAD = "4d546864 00000006 0001 0001 01e0 4d54726b "
-NOTE = "4d54726b 0000000d 00903c40 8360803c00 00ff2f00"   # a track of one note
+NOTE = "4d54726b 0000000d 00903c40 8360803c00 00ff2f00"  # a track of one note
 BROKEN = {
     "nothing at all": "",
     "a head cut short": "4d546864 000000",
@@ -419,17 +478,24 @@ def scanned(tmp_path_factory) -> dict[str, dict]:
 def test_a_broken_file_has_its_row(scanned, name):
     "A reason in one line, or facts that are finite."
     row = scanned[name]
-    assert row.get("sha256", hashlib.sha256(bytes.fromhex(BROKEN[name])).hexdigest()) == \
-        hashlib.sha256(bytes.fromhex(BROKEN[name])).hexdigest()
-    if "reason" in row: assert row["reason"].strip() and "\n" not in row["reason"]
+    assert (
+        row.get("sha256", hashlib.sha256(bytes.fromhex(BROKEN[name])).hexdigest())
+        == hashlib.sha256(bytes.fromhex(BROKEN[name])).hexdigest()
+    )
+    if "reason" in row:
+        assert row["reason"].strip() and "\n" not in row["reason"]
     else:
         assert 0 <= row["notes"] <= 1 and np.isfinite([row["beats"], row["seconds"]]).all()
         assert row["tempo"] > 0 and row["seconds"] <= 6 * 3600
 
 
 def test_the_worst_are_refused(scanned):
-    for name in ("nothing at all", "a head cut short", "another kind of file",
-                 "notes for a hundred days"):
+    for name in (
+        "nothing at all",
+        "a head cut short",
+        "another kind of file",
+        "notes for a hundred days",
+    ):
         assert "reason" in scanned[name], name
 
 
@@ -442,7 +508,8 @@ def test_what_can_be_mended_is(scanned):
 def test_a_file_that_would_kill_the_parser_costs_no_more_than_its_row(root):
     "Twelve tunes and three killers: twelve pieces, three reasons."
     write_tunes(root.raw / "mine", 12)
-    for k, killer in enumerate(KILLERS): (root.raw / f"mine/killer-{k}.mid").write_bytes(killer)
+    for k, killer in enumerate(KILLERS):
+        (root.raw / f"mine/killer-{k}.mid").write_bytes(killer)
     assert preprocess(root, workers=2)["ok"] == 12
     scan = read_scan(root)
     bad = scan[scan.path.str.contains("killer")]
@@ -454,7 +521,9 @@ def test_a_file_that_would_kill_the_parser_costs_no_more_than_its_row(root):
 def test_a_file_that_hangs_costs_one_row(tmp_path):
     "A named pipe into which nobody writes, between tunes, twice."
     write_tunes(tmp_path, 6)
-    for k in (1, 4): (tmp_path / f"{k:03d}.mid").unlink(); os.mkfifo(tmp_path / f"{k:03d}.mid")
+    for k in (1, 4):
+        (tmp_path / f"{k:03d}.mid").unlink()
+        os.mkfifo(tmp_path / f"{k:03d}.mid")
     began = time.monotonic()
     rows = dict(scan_files(sorted(tmp_path.iterdir()), workers=2, timeout=0.5))
     assert time.monotonic() - began < 20
@@ -464,20 +533,26 @@ def test_a_file_that_hangs_costs_one_row(tmp_path):
 
 def test_the_malformed_files_of_the_world(tmp_path):
     "167 broken files that people found: a verdict and a reason for each, and most of them read."
-    if not (shared := os.environ.get("MUSICGEN_SHARED")): pytest.skip("MUSICGEN_SHARED names no folder")
+    if not (shared := os.environ.get("MUSICGEN_SHARED")):
+        pytest.skip("MUSICGEN_SHARED names no folder")
     files = [p for p in sorted((Path(shared) / "data/malformed").iterdir()) if p.suffix != ".csv"]
     rows = dict(scan_files([p for p in files if p.suffix != ".md"], workers=2))
     assert len(rows) >= 167
-    for path, row in rows.items(): assert row.get("reason", "x").strip(), path
+    for path, row in rows.items():
+        assert row.get("reason", "x").strip(), path
     assert not [p for p, row in rows.items() if "crashed" in row.get("reason", "")]
     assert sum("content" in row for row in rows.values()) >= 124
 
 
-KILLERS = [bytes.fromhex(HEAD + text) for text in (
-    "00000012 0a9f817f728d16fa059b52cbaf6de948c02b",
-    "00000029 07ad061a97631ba8399fb5e21c98e21aa28a63fcb8b3d25793a16b2983f39e3915b2b65dac2f46f991",
-    "00000031 d727d9830c560b8beab0977d81414bdcad83f60372b3a615076ac102c10cb9a7ee9efac5750f4e9fd2"
-    "391153db8872a782")]
+KILLERS = [
+    bytes.fromhex(HEAD + text)
+    for text in (
+        "00000012 0a9f817f728d16fa059b52cbaf6de948c02b",
+        "00000029 07ad061a97631ba8399fb5e21c98e21aa28a63fcb8b3d25793a16b2983f39e3915b2b65dac2f46f991",
+        "00000031 d727d9830c560b8beab0977d81414bdcad83f60372b3a615076ac102c10cb9a7ee9efac5750f4e9fd2"
+        "391153db8872a782",
+    )
+]
 
 
 @pytest.mark.parametrize("command", ["verify", "regenerate"])
@@ -486,13 +561,19 @@ def test_a_file_that_would_kill_the_parser_is_a_sentence_in_the_shell(house, tmp
     for k, killer in enumerate(KILLERS):
         path = tmp_path / f"{k}.mid"
         path.write_bytes(killer)
-        process = start("import sys\nfrom musicgen.cli import main\nsys.exit(main(sys.argv[1:]))",
-                        command, path, "--root", house.root)
+        process = start(
+            "import sys\nfrom musicgen.cli import main\nsys.exit(main(sys.argv[1:]))",
+            command,
+            path,
+            "--root",
+            house.root,
+        )
         said, wrong = process.communicate(timeout=60)
         assert process.returncode in (1, 2) and (said + wrong).count("\n") == 1, wrong
 
 
 # Archives and downloads.
+
 
 def write_source(root: Layout, **facts):
     "A `data/sources.yaml` of one source."
@@ -504,7 +585,8 @@ def write_source(root: Layout, **facts):
 def zipped(members: dict[str, bytes]) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
-        for name, data in members.items(): z.writestr(name, data)
+        for name, data in members.items():
+            z.writestr(name, data)
     return out.getvalue()
 
 
@@ -514,18 +596,24 @@ def tarred(*members: tuple[str, bytes | str]) -> bytes:
     with tarfile.open(fileobj=out, mode="w:gz") as t:
         for name, content in members:
             info = tarfile.TarInfo(name)
-            if isinstance(content, str): info.type, info.linkname = tarfile.SYMTYPE, content
-            else: info.size = len(content)
+            if isinstance(content, str):
+                info.type, info.linkname = tarfile.SYMTYPE, content
+            else:
+                info.size = len(content)
             t.addfile(info, io.BytesIO(content if isinstance(content, bytes) else b""))
     return out.getvalue()
 
 
 GOOD = write_midi(tune(0))
 NASTY = {
-    "truncated.zip": (zipped({f"{k}.mid": write_midi(tune(k)) for k in range(9)})[:-400],
-                      "cannot be unpacked"),
-    "truncated.tar.gz": (tarred(*((f"{k}.mid", os.urandom(4000)) for k in range(9)))[:-9000],
-                         "cannot be unpacked"),
+    "truncated.zip": (
+        zipped({f"{k}.mid": write_midi(tune(k)) for k in range(9)})[:-400],
+        "cannot be unpacked",
+    ),
+    "truncated.tar.gz": (
+        tarred(*((f"{k}.mid", os.urandom(4000)) for k in range(9)))[:-9000],
+        "cannot be unpacked",
+    ),
     "empty.zip": (b"", "cannot be unpacked"),
     "climbs.zip": (zipped({"good.mid": GOOD, "../../evil.mid": GOOD}), "leads outside"),
     "absolute.zip": (zipped({"/tmp/evil.mid": GOOD}), "leads outside"),
@@ -557,7 +645,8 @@ def test_a_good_archive_is_taken(root, tmp_path):
     (tmp_path / "good.zip").write_bytes(zipped({"a b/ü?.mid": GOOD, "notes.txt": b"hello"}))
     write_source(root, kind="local", path=str(tmp_path / "good.zip"))
     ingest(root)
-    with open(root.manifest, newline="") as f: row, = csv.DictReader(f)
+    with open(root.manifest, newline="") as f:
+        (row,) = csv.DictReader(f)
     assert (root.raw / row["path"]).read_bytes() == GOOD and row["licence"] == "not stated"
     assert row["sha256"] == hashlib.sha256(GOOD).hexdigest() and " " not in row["path"]
 
@@ -569,10 +658,15 @@ def site(tmp_path):
     folder.mkdir()
 
     class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *a): super().__init__(*a, directory=str(folder))
-        def log_message(self, *a): asked.append(self.path)
+        def __init__(self, *a):
+            super().__init__(*a, directory=str(folder))
+
+        def log_message(self, *a):
+            asked.append(self.path)
+
         def do_GET(self):
-            if not self.path.startswith("/cut"): return super().do_GET()
+            if not self.path.startswith("/cut"):
+                return super().do_GET()
             asked.append(self.path)
             self.send_response(200)
             self.send_header("Content-Length", "1000")
@@ -617,6 +711,7 @@ def test_a_download_that_is_not_there(root, site, tmp_path):
 
 # Empty and half-written corpora.
 
+
 def test_nothing_to_work_on(root, tmp_path):
     "Each stage says which one is missing before it."
     (tmp_path / "empty").mkdir()
@@ -644,7 +739,8 @@ def packed(root) -> Layout:
 @pytest.mark.parametrize("name", ["corpus", "index", "vocab"])
 def test_a_missing_piece_of_a_corpus(packed, name):
     getattr(packed, name).unlink()
-    with pytest.raises((Refusal, FileNotFoundError)): Corpus(packed)
+    with pytest.raises((Rejection, FileNotFoundError)):
+        Corpus(packed)
 
 
 def test_another_corpus_under_the_same_index(packed):
@@ -665,20 +761,30 @@ def test_a_half_written_array(packed):
     data = packed.corpus.read_bytes()
     for size in (0, 5, 90, len(data) - 7):
         packed.corpus.write_bytes(data[:size])
-        with pytest.raises((Refusal, ValueError, EOFError)): Corpus(packed)
+        with pytest.raises((Rejection, ValueError, EOFError)):
+            Corpus(packed)
 
 
 def test_a_half_written_index(packed):
     text = packed.index.read_text()
-    packed.index.write_text(text[:len(text) - 9])
+    packed.index.write_text(text[: len(text) - 9])
     assert "another corpus" in refusal_of(Corpus, packed)
 
 
 # Settings.
 
-@pytest.mark.parametrize("text", [
-    b"port = 3\n", b"[api]\nport\n", b"[api]\nhost = \xff\n", b"[api]\nport = x\n",
-    b"[api]\nprot = 1\n", b"[apo]\nport = 1\n"])
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"port = 3\n",
+        b"[api]\nport\n",
+        b"[api]\nhost = \xff\n",
+        b"[api]\nport = x\n",
+        b"[api]\nprot = 1\n",
+        b"[apo]\nport = 1\n",
+    ],
+)
 def test_settings_that_make_no_sense(root, text):
     write_atomic(root.settings, text)
     refusal_of(read_settings, root)
@@ -686,10 +792,15 @@ def test_settings_that_make_no_sense(root, text):
 
 # Damaged models.
 
+
 class Payload:
     "What a pickle does when it is loaded: here, it leaves a file."
-    def __init__(self, path): self.path = str(path)
-    def __reduce__(self): return os.mkdir, (self.path,)
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -697,10 +808,13 @@ class Payload:
 def test_a_pickled_model_is_refused_and_not_run(house, tmp_path, form):
     import torch
 
-    from musicgen.model import load_model
+    from musicgen.model.lstm import load_model
+
     path, mark = tmp_path / "music_lstm.pt", tmp_path / "executed"
-    if form == "torch": torch.save(Payload(mark), path)
-    elif form == "pickle": path.write_bytes(pickle.dumps(Payload(mark)))
+    if form == "torch":
+        torch.save(Payload(mark), path)
+    elif form == "pickle":
+        path.write_bytes(pickle.dumps(Payload(mark)))
     else:
         model = torch.load(house.model, weights_only=True)
         torch.save(model | dict(provenance=Payload(mark)), path)
@@ -713,62 +827,87 @@ def test_a_pickled_model_is_refused_and_not_run(house, tmp_path, form):
 def test_a_damaged_checkpoint_is_refused(house, tmp_path):
     import torch
 
-    from musicgen.model import load_model
+    from musicgen.model.lstm import load_model
+
     data, path = house.model.read_bytes(), tmp_path / "music_lstm.pt"
     other = io.BytesIO()
     torch.save(dict(config=3, weights={}), other)
-    for broken in (b"PK\3\4", data[:len(data) // 2], data[:-10], GOOD, b"{}" * 500, b"",
-                   other.getvalue()):
+    for broken in (
+        b"PK\3\4",
+        data[: len(data) // 2],
+        data[:-10],
+        GOOD,
+        b"{}" * 500,
+        b"",
+        other.getvalue(),
+    ):
         path.write_bytes(broken)
         assert str(path) in refusal_of(load_model, path)
 
 
 def test_damaged_weights_are_refused(house, tmp_path):
     "Cut off, absurd, foreign, without what they should say: one sentence each, the file named."
-    from musicgen.generate import open_studio
+    from musicgen.generation.generate import open_model
+
     data, here = house.weights.read_bytes(), Layout(tmp_path)
     size = int.from_bytes(data[:8], "little")
     from safetensors.numpy import save
-    for broken in (b"", data[:4], data[:size // 2], data[:-10],
-                   (1 << 60).to_bytes(8, "little") + data[8:],
-                   data[:8] + b"x" * size + data[8 + size:], GOOD, save({"a": np.zeros(3)}),
-                   save({"a": np.zeros(3)}, {"musicgen": "{"})):
+
+    for broken in (
+        b"",
+        data[:4],
+        data[: size // 2],
+        data[:-10],
+        (1 << 60).to_bytes(8, "little") + data[8:],
+        data[:8] + b"x" * size + data[8 + size :],
+        GOOD,
+        save({"a": np.zeros(3)}),
+        save({"a": np.zeros(3)}, {"musicgen": "{"}),
+    ):
         write_atomic(here.weights, broken)
-        assert str(here.weights) in refusal_of(open_studio, here)
+        assert str(here.weights) in refusal_of(open_model, here)
 
 
 def test_weights_that_are_not_what_they_say(house, tmp_path):
     "Right in form and wrong inside: another number, a table that is missing, a name of nobody."
     from safetensors.numpy import save
 
-    from musicgen.decoder import read_weights
-    from musicgen.generate import open_studio
+    from musicgen.generation.generate import open_model
+    from musicgen.model.decoder import read_weights
+
     weights, about = read_weights(house.weights)
     here, name = Layout(tmp_path), "parts.weight"
     changed = weights | {name: weights[name] + 1}
-    for held, told in ((changed, about), ({k: v for k, v in weights.items() if k != name}, about),
-                       (weights | {name: weights[name][:3]}, about),
-                       (weights, {"hash": about["hash"]}), (weights, [1])):
+    for held, told in (
+        (changed, about),
+        ({k: v for k, v in weights.items() if k != name}, about),
+        (weights | {name: weights[name][:3]}, about),
+        (weights, {"hash": about["hash"]}),
+        (weights, [1]),
+    ):
         write_atomic(here.weights, save(held, {"musicgen": json.dumps(told)}))
-        assert str(here.weights) in refusal_of(open_studio, here)
+        assert str(here.weights) in refusal_of(open_model, here)
     write_atomic(here.weights, save(weights, {"musicgen": json.dumps(about)}))
-    assert open_studio(here).model_hash == about["hash"]
+    assert open_model(here).model_hash == about["hash"]
 
 
 def test_a_damaged_index_of_originals(house, tmp_path):
-    from musicgen.generate import open_studio
+    from musicgen.generation.generate import open_model
+
     here = Layout(tmp_path)
     write_atomic(here.weights, house.weights.read_bytes())
     for broken in (b"", b"PK\3\4", GOOD, pickle.dumps(Payload(tmp_path / "executed"))):
         write_atomic(here.model_originality, broken)
-        assert here.model_originality.name in refusal_of(open_studio, here)
+        assert here.model_originality.name in refusal_of(open_model, here)
     np.savez(here.model_originality, text=np.array([Payload(tmp_path / "executed")], object))
-    refusal_of(open_studio, here)
+    refusal_of(open_model, here)
     assert not (tmp_path / "executed").exists()
 
 
 def test_the_door_is_as_it_was(house):
     "After all this, music."
-    from musicgen.generate import Request, generate, open_studio
-    take = generate(open_studio(house), Request(bars=1, instruments=["piano", "drums"]))[0]
+    from musicgen.generation.generate import generate, open_model
+    from musicgen.generation.request import Request
+
+    take = generate(open_model(house), Request(bars=1, instruments=["piano", "drums"]))[0]
     assert [p.program for p in read_midi(take.midi).parts] == [0, DRUMS]

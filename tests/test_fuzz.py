@@ -1,4 +1,5 @@
 """What nobody would think of: random music, random rows, random bytes, random requests."""
+
 import functools
 import io
 import json
@@ -13,18 +14,40 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from musicgen.core import Layout, Refusal
-from musicgen.generate import Request, generate, open_studio, regenerate, verify
-from musicgen.midi import midi_shape
-from musicgen.score import (DRUMS, DURATION, GM, ONSET, PART, PITCH, TICKS, VELOCITY, Part, Score,
-                            lint, make_score, on_grid, read_midi, write_midi, _channels)
-from musicgen.tokens import FIELDS, Vocab, decode, encode
+from musicgen.core import Layout, Rejection
+from musicgen.generation.generate import generate, open_model, regenerate
+from musicgen.generation.receipt import verify
+from musicgen.generation.request import Request
+from musicgen.music.score import (
+    DRUMS,
+    DURATION,
+    GM,
+    ONSET,
+    PART,
+    PITCH,
+    VELOCITY,
+    Part,
+    Score,
+    _channels,
+    lint,
+    make_score,
+    on_grid,
+    read_midi,
+    write_midi,
+)
+from musicgen.music.smf import TICKS, midi_shape
+from musicgen.music.tokens import FIELDS, Vocab, decode, encode
 
 
 def tries(number: int):
     "The same examples on every machine and every day, as slow as they like."
-    return settings(max_examples=number, deadline=None, derandomize=True, database=None,
-                    suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=number,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 # Random music.
@@ -39,12 +62,23 @@ def scores(draw) -> Score:
     "Any music: unsorted, overlapping, off every grid, in any number of ticks to the beat."
     parts, ticks = draw(PARTS), draw(st.sampled_from([1, 24, 96, 100, 384, 480, 960, 1023]))
     time = st.integers(0, 40 * ticks)
-    note = st.tuples(time, st.integers(0, len(parts) - 1), st.integers(0, 127),
-                     st.integers(1, 12 * ticks), st.integers(1, 127))
+    note = st.tuples(
+        time,
+        st.integers(0, len(parts) - 1),
+        st.integers(0, 127),
+        st.integers(1, 12 * ticks),
+        st.integers(1, 127),
+    )
     tempo = st.tuples(time, st.integers(200_000, 2_000_000))
     tempos = [(0, 500_000), *draw(st.lists(tempo, max_size=2))]
-    metres = [(0, *draw(METRES)), *draw(st.lists(st.tuples(time, METRES), max_size=2).map(
-        lambda found: [(t, *metre) for t, metre in found]))]
+    metres = [
+        (0, *draw(METRES)),
+        *draw(
+            st.lists(st.tuples(time, METRES), max_size=2).map(
+                lambda found: [(t, *metre) for t, metre in found]
+            )
+        ),
+    ]
     notes = draw(st.lists(note, max_size=40))
     return make_score(notes, parts, ticks=ticks, tempos=tempos, metres=metres)
 
@@ -76,7 +110,10 @@ def test_the_grid_moves_nothing_by_more_than_half_a_step(score, grid):
             assert abs(step(tick) * score.ticks - tick * grid) * 2 <= score.ticks
         ends = struck.setdefault((part, pitch), {})
         ends[step(onset)] = max(step(onset) + 1, step(onset + long), ends.get(step(onset), 0))
-    kept = {(part, pitch, at): at + long for at, part, pitch, long, _ in on_grid(score, grid).notes.tolist()}
+    kept = {
+        (part, pitch, at): at + long
+        for at, part, pitch, long, _ in on_grid(score, grid).notes.tolist()
+    }
     for voice, ends in struck.items():
         for at, end in ends.items():
             again = min((other for other in ends if other > at), default=end)
@@ -101,7 +138,7 @@ def test_any_rows_decode(rows, parts):
 
 
 @tries(60)
-@given(st.binary(max_size=200).map(lambda b: np.frombuffer(b[:len(b) // 5 * 5], np.uint8)))
+@given(st.binary(max_size=200).map(lambda b: np.frombuffer(b[: len(b) // 5 * 5], np.uint8)))
 def test_any_bytes_as_rows_decode(numbers):
     "Values that no vocabulary has, too."
     score = decode(numbers.reshape(-1, 5), make_score((), [Part(0), Part(DRUMS)]), Vocab())
@@ -127,10 +164,13 @@ def test_what_is_written_is_read(score):
 def by_mido(score: Score) -> bytes:
     "The bytes that mido, event by event, makes of a score in 480 ticks."
     import mido
+
     end = int(score.bar_lines()[-1])
     file = mido.MidiFile(type=1, ticks_per_beat=TICKS, charset="utf-8")
-    events = [(t, 0, mido.MetaMessage("time_signature", numerator=n, denominator=d))
-              for t, n, d in score.metres.tolist()]
+    events = [
+        (t, 0, mido.MetaMessage("time_signature", numerator=n, denominator=d))
+        for t, n, d in score.metres.tolist()
+    ]
     events += [(t, 2, mido.MetaMessage("set_tempo", tempo=us)) for t, us in score.tempos.tolist()]
     events += [(t, 3, mido.MetaMessage("text", text=words)) for t, words in score.texts]
     for k, channel in enumerate([0, *_channels(score.parts)], -1):
@@ -161,41 +201,55 @@ def test_what_is_written_is_what_mido_writes(score, texts):
     assert write_midi(score) == by_mido(score)
 
 
-WILD = st.integers(-2**31, 2**31 - 1)
+WILD = st.integers(-(2**31), 2**31 - 1)
 
 
 @tries(150)
-@given(scores(), st.tuples(st.sampled_from([ONSET, PITCH, DURATION, VELOCITY]), WILD),
-       st.tuples(WILD, WILD, WILD), st.text(st.characters(), max_size=5))
+@given(
+    scores(),
+    st.tuples(st.sampled_from([ONSET, PITCH, DURATION, VELOCITY]), WILD),
+    st.tuples(WILD, WILD, WILD),
+    st.text(st.characters(), max_size=5),
+)
 def test_no_broken_file_is_written(score, note, wild, words):
     "A score that MIDI cannot say is refused; what is written can be read."
     notes = score.notes.copy()
-    if len(notes): notes[0, note[0]] = note[1]
+    if len(notes):
+        notes[0, note[0]] = note[1]
     tempos, metres = np.array([[0, wild[0]]]), np.array([[0, wild[1] % 300, wild[2] % 300]])
-    if not metres[0, 1] or not metres[0, 2]: return
-    for change in (dict(notes=notes[np.lexsort((notes[:, PITCH], notes[:, PART], notes[:, ONSET]))]),
-                   dict(tempos=tempos), dict(metres=metres), dict(texts=((0, words),)),
-                   dict(keys=np.array([[0, wild[0] % 40 - 20, wild[1] % 3]]))):
-        try: data = write_midi(replace(score, **change))
-        except Refusal as e: assert "\n" not in str(e)
+    if not metres[0, 1] or not metres[0, 2]:
+        return
+    for change in (
+        dict(notes=notes[np.lexsort((notes[:, PITCH], notes[:, PART], notes[:, ONSET]))]),
+        dict(tempos=tempos),
+        dict(metres=metres),
+        dict(texts=((0, words),)),
+        dict(keys=np.array([[0, wild[0] % 40 - 20, wild[1] % 3]])),
+    ):
+        try:
+            data = write_midi(replace(score, **change))
+        except Rejection as e:
+            assert "\n" not in str(e)
         else:
-            try: assert read_midi(data, said := []) and not said, said
-            except Refusal as e: assert "limit" in e.sentence
+            try:
+                assert read_midi(data, said := []) and not said, said
+            except Rejection as e:
+                assert "limit" in e.sentence
 
 
 # Random bytes. They are read in this process too; another one is there to tell of a kill.
 
 READER = """
 import json, sys
-from musicgen.core import Refusal
-from musicgen.score import Score, lint, read_midi, write_midi
+from musicgen.core import Rejection
+from musicgen.music.score import Score, lint, read_midi, write_midi
 for line in sys.stdin:
     data = bytes.fromhex(line)
     try:
         score = read_midi(data)
         assert isinstance(score, Score) and score == read_midi(data)
         said = "score"
-    except Refusal as e: said = "refusal" if e.sentence and "\\n" not in str(e) else "many lines"
+    except Rejection as e: said = "refusal" if e.sentence and "\\n" not in str(e) else "many lines"
     except BaseException as e: said = f"{type(e).__name__}: {e}"
     print(json.dumps(said), flush=True)
 """
@@ -206,12 +260,13 @@ def read_apart(batch: list[bytes]) -> list[str]:
     said, left = [], list(batch)
     while left:
         lines = "\n".join(data.hex() for data in left) + "\n"
-        done = subprocess.run([sys.executable, "-c", READER], input=lines, text=True, timeout=120,
-                              capture_output=True)
+        done = subprocess.run(
+            [sys.executable, "-c", READER], input=lines, text=True, timeout=120, capture_output=True
+        )
         answers = [json.loads(line) for line in done.stdout.splitlines()]
         assert len(answers) == len(left) or done.returncode < 0, done.stderr
         said += answers + ["killed"] * (len(answers) < len(left))
-        left = left[len(answers) + 1:]
+        left = left[len(answers) + 1 :]
     return said
 
 
@@ -226,11 +281,16 @@ def mutants(number: int, seed: int = 5) -> list[bytes]:
         for _ in range(dice.integers(1, 6)):
             at, long = int(dice.integers(len(data))), int(dice.integers(1, 9))
             what = dice.integers(4) if k % 3 else 0
-            if what == 0: data[at] = int(dice.integers(256))
-            elif what == 1: del data[at:at + long]
-            elif what == 2: data[at:at] = data[at:at + long]
-            else: data[at:at + long] = dice.bytes(long)
-        if k % 7 == 0: del data[int(dice.integers(len(data))):]
+            if what == 0:
+                data[at] = int(dice.integers(256))
+            elif what == 1:
+                del data[at : at + long]
+            elif what == 2:
+                data[at:at] = data[at : at + long]
+            else:
+                data[at : at + long] = dice.bytes(long)
+        if k % 7 == 0:
+            del data[int(dice.integers(len(data))) :]
         made.append(bytes(data))
     return made
 
@@ -238,8 +298,12 @@ def mutants(number: int, seed: int = 5) -> list[bytes]:
 def noise(number: int, seed: int = 6) -> list[bytes]:
     "Random bytes, bare and behind the head of a MIDI file."
     dice = np.random.default_rng(seed)
-    heads = [b"", b"MThd", bytes.fromhex("4d546864 00000006 0001 0001 01e0 4d54726b 00000040"),
-             b"RIFF\x40\0\0\0RMIDdata\x40\0\0\0MThd"]
+    heads = [
+        b"",
+        b"MThd",
+        bytes.fromhex("4d546864 00000006 0001 0001 01e0 4d54726b 00000040"),
+        b"RIFF\x40\0\0\0RMIDdata\x40\0\0\0MThd",
+    ]
     return [heads[k % 4] + dice.bytes(int(dice.integers(0, 90))) for k in range(number)]
 
 
@@ -258,10 +322,12 @@ def test_bytes_give_a_score_or_a_refusal(readings):
 
 
 # The parser that symusic is kills the interpreter over each of these.
-KILLERS = ["4d546864 00000006 0001 0001 01e0 4d54726b 00000012 0a9f817f728d16fa059b52cbaf6de948c02b",
-           "4d546864 00000006 0000 0001 01e0 4d54726b 00000008 019f803e 00ff2f00",    # 80: a pitch
-           "4d546864 00000006 0000 0001 01e0 4d54726b 0000ffff 00903c5a 00ff2f00",    # ffff: a length
-           "4d546864 00000006 0000 0001 0000 4d54726b 00000008 00903c5a 00ff2f00"]    # 0000: ticks
+KILLERS = [
+    "4d546864 00000006 0001 0001 01e0 4d54726b 00000012 0a9f817f728d16fa059b52cbaf6de948c02b",
+    "4d546864 00000006 0000 0001 01e0 4d54726b 00000008 019f803e 00ff2f00",  # 80: a pitch
+    "4d546864 00000006 0000 0001 01e0 4d54726b 0000ffff 00903c5a 00ff2f00",  # ffff: a length
+    "4d546864 00000006 0000 0001 0000 4d54726b 00000008 00903c5a 00ff2f00",
+]  # 0000: ticks
 
 
 def test_what_kills_a_parser_is_read_here():
@@ -272,19 +338,33 @@ def test_what_kills_a_parser_is_read_here():
         assert midi_shape(killer)[1] == 1
 
 
-PIECES = [write_midi(make_score([(120 * k, k % 3, 48 + k % 24, 100, 64) for k in range(24)],
-                                [40, 42, DRUMS], texts=((0, "la la"),)))]
+PIECES = [
+    write_midi(
+        make_score(
+            [(120 * k, k % 3, 48 + k % 24, 100, 64) for k in range(24)],
+            [40, 42, DRUMS],
+            texts=((0, "la la"),),
+        )
+    )
+]
 
 
 @tries(400)
-@given(st.lists(st.one_of(st.binary(max_size=24), st.tuples(st.integers(0, 900), st.integers(0, 900))),
-                min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.one_of(st.binary(max_size=24), st.tuples(st.integers(0, 900), st.integers(0, 900))),
+        min_size=1,
+        max_size=6,
+    )
+)
 def test_spliced_bytes_are_read_here(cuts):
     "Shreds of a good file and of noise, glued together behind a good head."
     good = PIECES[0]
-    data = good[:14] + b"".join(c if isinstance(c, bytes) else good[min(c):max(c)] for c in cuts)
-    try: score = read_midi(data)
-    except Refusal as e: assert e.sentence and "\n" not in str(e)
+    data = good[:14] + b"".join(c if isinstance(c, bytes) else good[min(c) : max(c)] for c in cuts)
+    try:
+        score = read_midi(data)
+    except Rejection as e:
+        assert e.sentence and "\n" not in str(e)
     else:
         assert isinstance(score, Score) and score == read_midi(data)
         assert (score.notes[:, (DURATION, VELOCITY)] > 0).all() and (score.notes >= 0).all()
@@ -292,7 +372,8 @@ def test_spliced_bytes_are_read_here(cuts):
 
 def test_the_scan_survives_every_byte(readings, tmp_path):
     "Of files good and bad each has one row; the good are not blamed."
-    from musicgen.preprocess import scan_files
+    from musicgen.corpus.readers import scan_files
+
     batch = dict([*readings[::9], *((bytes.fromhex(k), "score") for k in KILLERS)])
     expected = {}
     for k, (data, said) in enumerate(batch.items()):
@@ -304,23 +385,28 @@ def test_the_scan_survives_every_byte(readings, tmp_path):
     for path, kind in expected.items():
         row = rows[path]
         assert ("reason" in row) != ("notes" in row)
-        if kind == "refusal": assert row["reason"] and "\n" not in row["reason"]
-        if "reason" in row: assert "crashed" not in row["reason"], path
+        if kind == "refusal":
+            assert row["reason"] and "\n" not in row["reason"]
+        if "reason" in row:
+            assert "crashed" not in row["reason"], path
 
 
 # Random requests.
+
 
 def untrained(folder, seed: int):
     "A studio whose model has learnt nothing."
     import torch
 
-    from musicgen.model import MusicLSTM, MusicLSTMConfig, save_model
+    from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig, save_model
+
     layout = Layout(folder / str(seed))
     torch.manual_seed(seed)
     model = MusicLSTM(MusicLSTMConfig(hidden=24, head=16, sources=("lesson",)))
-    for p in model.parameters(): p.data *= 1 + 2 * seed
+    for p in model.parameters():
+        p.data *= 1 + 2 * seed
     save_model(model, layout.model)
-    return open_studio(layout)
+    return open_model(layout)
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +416,9 @@ def studios(tmp_path_factory):
 
 PLAYERS = st.one_of(
     st.sampled_from(["drums", "Piano", "strings", "tuba", "glockenspiel", "timpani"]),
-    st.sampled_from(GM), st.integers(0, 127))
+    st.sampled_from(GM),
+    st.integers(0, 127),
+)
 
 
 @st.composite
@@ -340,12 +428,18 @@ def wishes(draw) -> dict:
     most = 3 if num / den > 1.5 else 5
     return dict(
         instruments=draw(st.lists(PLAYERS, min_size=1, max_size=draw(st.sampled_from([3, 16])))),
-        bars=draw(st.integers(1, most)), tempo=draw(st.floats(30, 300)),
-        time_signature=f"{num}/{den}", key=draw(st.sampled_from(["", "D minor", "Bb major"])),
-        density=draw(st.sampled_from([0, 0.5, 4, 32])), style=draw(st.sampled_from(["", "lesson"])),
-        temperature=draw(st.sampled_from([0, 0.5, 1, 2])), top_p=draw(st.floats(0.05, 1)),
-        min_p=draw(st.floats(0, 0.5)), seed=draw(st.integers(0, 2**31 - 1)),
-        takes=draw(st.sampled_from([1, 1, 1, 2])))
+        bars=draw(st.integers(1, most)),
+        tempo=draw(st.floats(30, 300)),
+        time_signature=f"{num}/{den}",
+        key=draw(st.sampled_from(["", "D minor", "Bb major"])),
+        density=draw(st.sampled_from([0, 0.5, 4, 32])),
+        style=draw(st.sampled_from(["", "lesson"])),
+        temperature=draw(st.sampled_from([0, 0.5, 1, 2])),
+        top_p=draw(st.floats(0.05, 1)),
+        min_p=draw(st.floats(0, 0.5)),
+        seed=draw(st.integers(0, 2**31 - 1)),
+        takes=draw(st.sampled_from([1, 1, 1, 2])),
+    )
 
 
 @tries(30)
@@ -358,7 +452,8 @@ def test_a_request_is_kept(studios, wish, which):
     request = Request.from_dict(json.loads(json.dumps(wish)))
     takes = generate(studios[which], request)
     assert len(takes) == request.takes
-    for take in takes: keeps_its_promises(take, request)
+    for take in takes:
+        keeps_its_promises(take, request)
     assert regenerate(studios[which], takes[-1].midi).midi == takes[-1].midi
     assert verify(takes[0].midi, studios[which])["verdict"] == "ours, untouched"
 
@@ -380,12 +475,17 @@ def read_by_others(data: bytes) -> tuple[int, list[int]]:
     "The notes that mido counts; the programs that pretty_midi hears."
     import mido
     import pretty_midi
+
     file = mido.MidiFile(file=io.BytesIO(data))
     assert file.type == 1 and file.ticks_per_beat == 480
     notes = [m for track in file.tracks for m in track if m.type == "note_on" and m.velocity]
     heard = pretty_midi.PrettyMIDI(io.BytesIO(data))
-    assert all(m.channel == 9 for i, t in enumerate(file.tracks) for m in t if m.type == "note_on"
-               and t.name.startswith("Drums"))
+    assert all(
+        m.channel == 9
+        for i, t in enumerate(file.tracks)
+        for m in t
+        if m.type == "note_on" and t.name.startswith("Drums")
+    )
     return len(notes), [DRUMS if i.is_drum else i.program for i in heard.instruments]
 
 
@@ -395,14 +495,22 @@ def test_a_request_survives_its_own_words(wish):
     "Through a dictionary, JSON and text, as every door does it."
     request = Request.from_dict(wish)
     assert Request.from_dict(json.loads(json.dumps(request.to_dict()))) == request
-    texts = {k: ",".join(map(str, v)) if isinstance(v, list) else str(v)
-             for k, v in request.to_dict().items()}
+    texts = {
+        k: ",".join(map(str, v)) if isinstance(v, list) else str(v)
+        for k, v in request.to_dict().items()
+    }
     assert Request.from_dict(texts) == request
 
 
-JUNK = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20),
-                 st.lists(st.one_of(st.integers(), st.text(max_size=5)), max_size=20),
-                 st.dictionaries(st.text(max_size=3), st.integers(), max_size=2))
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=20),
+    st.lists(st.one_of(st.integers(), st.text(max_size=5)), max_size=20),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
 NAMES = st.one_of(st.sampled_from([f["name"] for f in Request.spec()]), st.text(max_size=12))
 
 
@@ -418,14 +526,16 @@ NAMES = st.one_of(st.sampled_from([f["name"] for f in Request.spec()]), st.text(
 @example({"bars": 10**400})
 def test_nonsense_is_refused_in_one_sentence(given_):
     "Or it is a request within its limits; never another exception, never a page."
-    try: request = Request.from_dict(given_)
-    except Refusal as e:
+    try:
+        request = Request.from_dict(given_)
+    except Rejection as e:
         assert 10 < len(e.sentence) < 400 and "\n" not in str(e), str(e)
         e.sentence.encode()
     else:
         for field in Request.spec():
             value = getattr(request, field["name"])
-            if field["type"] in ("int", "float"): assert field["low"] <= value <= field["high"]
+            if field["type"] in ("int", "float"):
+                assert field["low"] <= value <= field["high"]
         assert 1 <= len(request.programs) <= 16
 
 
@@ -433,15 +543,21 @@ def test_nonsense_is_refused_in_one_sentence(given_):
 def limits() -> list[tuple[str, float]]:
     "Every number just outside its limits."
     step = dict(int=1, float=1e-6)
-    return [(f["name"], edge + way * step[f["type"]]) for f in Request.spec() if f["type"] in step
-            for edge, way in ((f["low"], -1), (f["high"], 1))]
+    return [
+        (f["name"], edge + way * step[f["type"]])
+        for f in Request.spec()
+        if f["type"] in step
+        for edge, way in ((f["low"], -1), (f["high"], 1))
+    ]
 
 
 @pytest.mark.parametrize("name,value", limits())
 def test_a_limit_is_a_limit(name, value):
     inside = {f["name"]: (f["low"], f["high"]) for f in Request.spec()}[name]
-    for edge in inside: assert getattr(Request(**{name: edge}), name) == edge
-    with pytest.raises(Refusal) as refused: Request.from_dict({name: value})
+    for edge in inside:
+        assert getattr(Request(**{name: edge}), name) == edge
+    with pytest.raises(Rejection) as refused:
+        Request.from_dict({name: value})
     assert name in refused.value.sentence and str(inside[1]) in refused.value.sentence
 
 

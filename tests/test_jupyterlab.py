@@ -1,4 +1,5 @@
 """A headless Chromium opens every notebook of the project in JupyterLab, and runs three of them, as a reader would."""
+
 import json
 import shutil
 import time
@@ -8,7 +9,11 @@ import pytest
 from servers import PATIENCE, environment, free_port, running
 
 REPO = Path(__file__).resolve().parent.parent
-THREE = ("tutorials/01_your_first_piece.ipynb", "tutorials/05_how_the_model_works.ipynb", "[0-9][0-9]_score.ipynb")
+THREE = (
+    "tutorials/01_your_first_piece.ipynb",
+    "tutorials/05_how_the_model_works.ipynb",
+    "music/[0-9][0-9]_score.ipynb",
+)
 OPEN = """async path => {
     const app = window.jupyterapp, panel = await app.commands.execute('docmanager:open', {path, factory: 'Notebook'})
     await panel.context.ready; await panel.revealed
@@ -39,12 +44,25 @@ def lab(notebooks, tmp_path_factory):
     place = tmp_path_factory.mktemp("jupyter lab")
     port = free_port()
     # no setting of ours, and nothing that a test of notebooks has left behind, reaches the kernels
-    env = {name: value for name, value in environment(place, JUPYTER_PREFER_ENV_PATH="1").items()
-           if not name.startswith("MUSICGEN_") and name != "IN_TEST"}
-    command = ["-m", "jupyterlab", "--no-browser", "--allow-root",
-               f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--ServerApp.ip=127.0.0.1",
-               "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={notebooks}"]
-    with running(command, port, place, env, place / "lab.log", "/api") as address: yield address
+    env = {
+        name: value
+        for name, value in environment(place, JUPYTER_PREFER_ENV_PATH="1").items()
+        if not name.startswith("MUSICGEN_") and name != "IN_TEST"
+    }
+    command = [
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        f"--ServerApp.port={port}",
+        "--ServerApp.port_retries=0",
+        "--ServerApp.ip=127.0.0.1",
+        "--IdentityProvider.token=",
+        "--LabApp.expose_app_in_browser=True",
+        f"--ServerApp.root_dir={notebooks}",
+    ]
+    with running(command, port, place, env, place / "lab.log", "/api") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +77,19 @@ def test_every_notebook_opens(page, lab, notebooks):
     "Each is drawn, with its title and all of its cells, and nothing is complained of. No kernel is started for it."
     page.goto(f"{lab}/lab?reset", wait_until="commit")
     page.wait_for_function("window.jupyterapp?.restored.then(() => true)")
-    page.evaluate("() => { window.jupyterapp.serviceManager.sessions.startNew = () => new Promise(() => {}) }")
+    page.evaluate(
+        "() => { window.jupyterapp.serviceManager.sessions.startNew = () => new Promise(() => {}) }"
+    )
     paths = sorted(notebooks.rglob("*.ipynb"))
     assert len(paths) > 30
     for path in paths:
         seen = page.evaluate(OPEN, path.relative_to(notebooks).as_posix())
         cells = json.loads(path.read_text("utf-8"))["cells"]
-        title = next("".join(c["source"]) for c in cells if c["cell_type"] == "markdown").splitlines()[0].lstrip("# ")
+        title = (
+            next("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+            .splitlines()[0]
+            .lstrip("# ")
+        )
         assert not seen["dialogs"], (path, seen)
         assert seen["cells"] == len(cells) and seen["drawn"], (path, seen)
         assert (seen["title"] or "").rstrip("¶") == title, (path, seen)
@@ -78,7 +102,7 @@ def test_a_notebook_runs_to_its_end(page, lab, notebooks, screens, name):
     path = found.relative_to(notebooks).as_posix()
     page.goto(f"{lab}/lab/tree/{path}?reset", wait_until="commit")
     page.locator(".jp-Notebook .jp-Cell").first.wait_for()
-    page.get_by_text("| Idle").wait_for()   # before it there is a notebook, but no kernel yet
+    page.get_by_text("| Idle").wait_for()  # before it there is a notebook, but no kernel yet
     page.get_by_role("menuitem", name="Edit", exact=True).click()
     page.get_by_role("menuitem", name="Clear Outputs of All Cells", exact=True).click()
     page.get_by_role("menuitem", name="Run", exact=True).click()
@@ -87,7 +111,11 @@ def test_a_notebook_runs_to_its_end(page, lab, notebooks, screens, name):
     while not ran and time.monotonic() < end:
         time.sleep(0.5)
         state = page.evaluate(STATE)
-        code = [cell for cell in state["cells"] if cell["cell_type"] == "code" and "".join(cell["source"]).strip()]
+        code = [
+            cell
+            for cell in state["cells"]
+            if cell["cell_type"] == "code" and "".join(cell["source"]).strip()
+        ]
         errors = [out for cell in code for out in cell["outputs"] if out["output_type"] == "error"]
         ran = bool(errors) or state["idle"] and all(cell["execution_count"] for cell in code)
     page.screenshot(path=screens / f"jupyterlab-{found.stem}.png")

@@ -1,4 +1,5 @@
 """What training and tuning keep: killed and gone on with, on two processes, on a full disk, with others at work."""
+
 import json
 import multiprocessing
 import os
@@ -15,26 +16,28 @@ import numpy as np
 import pytest
 import torch
 
-from musicgen.core import Layout, Refusal
-from musicgen.features import Corpus, write_example
-from musicgen.learner import Plan, fit, judge_on
-from musicgen.model import MusicLSTM, MusicLSTMConfig
-from musicgen.repertoire import Augment, Repertoire
+from musicgen.core import Layout, Rejection
+from musicgen.corpus.dataset import Corpus, write_example_corpus
+from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig
+from musicgen.model.sampler import Augment, Sampler
+from musicgen.model.trainer import TrainingSettings, fit, validation_loss
 from musicgen.train import train
 from musicgen.tune import tune
 
 posix = pytest.mark.skipif(os.name != "posix", reason="a limit or signal of POSIX")
-PLAN = Plan(rounds=3, steps=12, batch=8, length=32, warmup=6)
+PLAN = TrainingSettings(rounds=3, steps=12, batch=8, length=32, warmup=6)
 RUN = dict(notes=8192, rounds=4, patience=4, hidden=32, layers=2, head=16, dropout=0.1, groove=0.3)
-CONTEST = dict(learning_rates="0.002,0.005", batches="4,8", lengths="16", notes=512, judged=200, hidden=16)
-KILLS = int(os.environ.get("MUSICGEN_KILLS", 3))   # before conftest clears the names
+CONTEST = dict(
+    learning_rates="0.002,0.005", batches="4,8", lengths="16", notes=512, judged=200, hidden=16
+)
+KILLS = int(os.environ.get("MUSICGEN_KILLS", 3))  # before conftest clears the names
 
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory) -> Layout:
     "A root with a small corpus, tuned."
     layout = Layout(tmp_path_factory.mktemp("house") / "a root")
-    write_example(layout, pieces=12)
+    write_example_corpus(layout, pieces=12)
     tune(layout, "0.004", "8", "32", notes=128, judged=100, hidden=16)
     return layout
 
@@ -51,23 +54,35 @@ def twin(house: Layout, path) -> Layout:
     return Layout(path)
 
 
-def learn(house: Layout, checkpoint=None, plan=PLAN, hidden=32, after=None, **more) -> tuple[list, dict]:
+def learn(
+    house: Layout, checkpoint=None, plan=PLAN, hidden=32, after=None, **more
+) -> tuple[list, dict]:
     "A run over the small corpus: its history and its weights."
     corpus = Corpus(house)
     shape = MusicLSTMConfig(hidden=hidden, head=16, sources=corpus.sources)
     torch.manual_seed(0)
     model = MusicLSTM(shape)
     watch = (lambda number, history: after(model, number)) if after else None
-    history = fit(model, Repertoire(corpus.pieces("train"), shape, Augment()), judge_on(corpus.pieces("valid")),
-                  plan, checkpoint, after=watch, **more)
+    history = fit(
+        model,
+        Sampler(corpus.pieces("train"), shape, Augment()),
+        validation_loss(corpus.pieces("valid")),
+        plan,
+        checkpoint,
+        after=watch,
+        **more,
+    )
     return history, model.state_dict()
 
 
 def same(one, other) -> bool:
     "Whether two nested things hold the same tensors, bit by bit, and the same values."
-    if isinstance(one, torch.Tensor): return torch.equal(one, other)
-    if isinstance(one, dict): return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, (list, tuple)): return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
     return one == other
 
 
@@ -88,7 +103,9 @@ def finish(started, seconds: float = 120) -> int:
 
 # Kills.
 
-def train_at(root): train(Layout(root), **RUN)
+
+def train_at(root):
+    train(Layout(root), **RUN)
 
 
 def rounds_done(layout: Layout) -> int:
@@ -97,7 +114,8 @@ def rounds_done(layout: Layout) -> int:
 
 def begun(started, layout: Layout):
     "Waits until the loop of a training opens its events, or the training has ended."
-    while not layout.events.exists() and started.exitcode is None: time.sleep(0.005)
+    while not layout.events.exists() and started.exitcode is None:
+        time.sleep(0.005)
 
 
 def strike(layout: Layout, seconds: float) -> bool:
@@ -105,9 +123,11 @@ def strike(layout: Layout, seconds: float) -> bool:
     started = process(train_at, str(layout.root))
     begun(started, layout)
     started.join(seconds)
-    if started.exitcode is not None: return False
+    if started.exitcode is not None:
+        return False
     started.kill()
-    if (status := finish(started)) == 0: return False   # it ended while it was looked for
+    if (status := finish(started)) == 0:
+        return False  # it ended while it was looked for
     assert status == -signal.SIGKILL
     return rounds_done(layout) < RUN["rounds"]
 
@@ -122,7 +142,7 @@ def test_a_training_killed_at_random_moments_ends_with_the_same_bits(house, tmp_
     assert finish(undisturbed) == 0
     lasts, expected = time.monotonic() - began, torch.load(whole.last, weights_only=True)
     seed = int(time.time())
-    print(f"seed {seed}, undisturbed {lasts:.1f} s")   # pytest shows it when a test fails
+    print(f"seed {seed}, undisturbed {lasts:.1f} s")  # pytest shows it when a test fails
     dice, strikes, kept = np.random.default_rng(seed), 0, []
     for k in range(KILLS):
         here = twin(house, tmp_path / f"{k}")
@@ -130,10 +150,12 @@ def test_a_training_killed_at_random_moments_ends_with_the_same_bits(house, tmp_
             strikes += 1
             assert strikes < 20 * KILLS, f"seed {seed}: the kills do not fall into a round"
             shutil.rmtree(here.root)
-            twin(house, here.root)   # it had ended before
+            twin(house, here.root)  # it had ended before
         kept.append(rounds_done(here))
         assert finish(process(train_at, str(here.root))) == 0 and rounds_done(here) == RUN["rounds"]
-        assert same(torch.load(here.last, weights_only=True), expected), f"seed {seed}, repetition {k}"
+        assert same(torch.load(here.last, weights_only=True), expected), (
+            f"seed {seed}, repetition {k}"
+        )
         assert here.weights.read_bytes() == whole.weights.read_bytes()
         assert here.history.read_bytes() == whole.history.read_bytes()
         shutil.rmtree(here.root)
@@ -151,12 +173,15 @@ def test_the_counter_check_of_the_kills(house, tmp_path):
 
 # Checkpoints.
 
+
 def starve(root, checkpoint, size, answers):
     "Goes on with a run on a disk where no file may grow beyond a size."
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
-    try: learn(Layout(root), checkpoint)
-    except Refusal as e: answers.send(e.sentence)
+    try:
+        learn(Layout(root), checkpoint)
+    except Rejection as e:
+        answers.send(e.sentence)
     answers.close()
 
 
@@ -178,9 +203,13 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(house, alone, tmp_path):
 
 def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(house, alone, tmp_path):
     def poison(model, number):
-        for p in model.parameters() if number == 1 else (): p.data.fill_(float("nan"))
+        for p in model.parameters() if number == 1 else ():
+            p.data.fill_(float("nan"))
+
     path = tmp_path / "last.pt"
-    with pytest.raises(Refusal, match="loss became nan in round 3, step 1, .*last good checkpoint stands"):
+    with pytest.raises(
+        Rejection, match="loss became nan in round 3, step 1, .*last good checkpoint stands"
+    ):
         learn(house, path, after=poison)
     assert len(torch.load(path, weights_only=True)["history"]) == 2
     assert same(learn(house, path), alone)
@@ -189,7 +218,10 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(house, alone, 
 def test_the_checkpoint_of_another_run_is_not_gone_on_with(house, alone, tmp_path):
     "Another plan, another shape: the run begins at its beginning."
     path = tmp_path / "last.pt"
-    for other in (dict(plan=Plan(rounds=2, steps=3, batch=4, length=16)), dict(hidden=24)):
+    for other in (
+        dict(plan=TrainingSettings(rounds=2, steps=3, batch=4, length=16)),
+        dict(hidden=24),
+    ):
         learn(house, path, **other)
         history, weights = learn(house, path)
         assert same((history, weights), alone) and len(history) == PLAN.rounds
@@ -201,10 +233,17 @@ def test_a_damaged_checkpoint_is_one_sentence(house, tmp_path):
     learn(house, path, after=lambda model, number: True)
     good = path.read_bytes()
     torch.save(dict(model=3), tmp_path / "foreign.pt")
-    for broken in (b"", good[:100], good[:len(good) // 2], good[:-10], b"{}" * 500,
-                   (tmp_path / "foreign.pt").read_bytes()):
+    for broken in (
+        b"",
+        good[:100],
+        good[: len(good) // 2],
+        good[:-10],
+        b"{}" * 500,
+        (tmp_path / "foreign.pt").read_bytes(),
+    ):
         path.write_bytes(broken)
-        with pytest.raises(Refusal) as refused: learn(house, path)
+        with pytest.raises(Rejection) as refused:
+            learn(house, path)
         sentence = refused.value.sentence
         assert str(path) in sentence and "remove it" in sentence and len(sentence) < 400, sentence
         assert path.read_bytes() == broken
@@ -214,14 +253,16 @@ def test_a_damaged_checkpoint_is_one_sentence(house, tmp_path):
 
 # What is seen.
 
+
 def read_events(folder) -> dict[str, list[tuple[int, float]]]:
     "The scalars of all files of TensorBoard in a folder: tag -> (step, value)."
     from tensorboardX.proto.event_pb2 import Event
+
     found = {}
     for path in sorted(folder.iterdir()):
         data, at = path.read_bytes(), 0
-        while at < len(data):   # length, its checksum, an event, its checksum
-            size, = struct.unpack_from("<Q", data, at)
+        while at < len(data):  # length, its checksum, an event, its checksum
+            (size,) = struct.unpack_from("<Q", data, at)
             event = Event.FromString(data[at + 12 : at + 12 + size])
             for value in event.summary.value:
                 found.setdefault(value.tag, []).append((event.step, value.simple_value))
@@ -232,11 +273,20 @@ def read_events(folder) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard_reads_the_run(house, tmp_path):
     history, _ = learn(house, events=tmp_path / "events")
     found = read_events(tmp_path / "events")
-    assert set(found) == {"train/loss", "train/learning_rate", "train/notes_per_second", "valid/nats"}
+    assert set(found) == {
+        "train/loss",
+        "train/learning_rate",
+        "train/notes_per_second",
+        "valid/nats",
+    }
     assert [step for step, _ in found["valid/nats"]] == [12, 24, 36]
-    assert np.allclose([x for _, x in found["valid/nats"]], [line["valid"] for line in history], atol=1e-4)
+    assert np.allclose(
+        [x for _, x in found["valid/nats"]], [line["valid"] for line in history], atol=1e-4
+    )
     assert [step for step, _ in found["train/loss"]] == [10, 20, 30]
-    assert np.allclose([x for _, x in found["train/learning_rate"]], [PLAN.rate(s) for s in (9, 19, 29)])
+    assert np.allclose(
+        [x for _, x in found["train/learning_rate"]], [PLAN.rate(s) for s in (9, 19, 29)]
+    )
     assert all(speed > 0 for _, speed in found["train/notes_per_second"])
 
 
@@ -261,11 +311,25 @@ def test_two_processes_learn_one_model(house, alone, tmp_path):
     "Under torch's own launcher, over the loopback: one model, the loss of a single process, and it resumes."
     (tmp_path / "spread.py").write_text(SPREAD)
     here = os.path.dirname(os.path.abspath(__file__))
-    words = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2", tmp_path / "spread.py",
-             here, house.root, tmp_path]
+    words = [
+        "--standalone",
+        "--local-addr",
+        "127.0.0.1",
+        "--nproc-per-node",
+        "2",
+        tmp_path / "spread.py",
+        here,
+        house.root,
+        tmp_path,
+    ]
     loopback = dict(GLOO_SOCKET_IFNAME="lo") if sys.platform == "linux" else {}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *map(str, words)], text=True,
-                          capture_output=True, timeout=300, env=os.environ | loopback | dict(OMP_NUM_THREADS="1"))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *map(str, words)],
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env=os.environ | loopback | dict(OMP_NUM_THREADS="1"),
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert same(first, second), "both hold the same model"
@@ -278,11 +342,15 @@ def test_two_processes_learn_one_model(house, alone, tmp_path):
 
 # Several processes on one study.
 
+
 def answers(layout: Layout) -> list:
     "The trials of the only study of a root."
     import optuna
-    study, = optuna.study.get_all_study_summaries(f"sqlite:///{layout.study}")
-    return optuna.load_study(study_name=study.study_name, storage=f"sqlite:///{layout.study}").get_trials()
+
+    (study,) = optuna.study.get_all_study_summaries(f"sqlite:///{layout.study}")
+    return optuna.load_study(
+        study_name=study.study_name, storage=f"sqlite:///{layout.study}"
+    ).get_trials()
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +369,9 @@ def untuned(house, path) -> Layout:
 
 def check_contest(layout: Layout, tuned: Layout):
     "Every point has one answer, and the same as in the contest that nobody disturbed."
-    ended = Counter(str(t.params) for t in answers(layout) if t.state.name in ("COMPLETE", "PRUNED"))
+    ended = Counter(
+        str(t.params) for t in answers(layout) if t.state.name in ("COMPLETE", "PRUNED")
+    )
     assert len(ended) == 4 and set(ended.values()) == {1}, ended
     assert not [t for t in answers(layout) if t.state.name in ("RUNNING", "WAITING")]
     assert layout.best.read_bytes() == tuned.best.read_bytes()
@@ -327,7 +397,7 @@ def test_a_tuning_killed_in_a_trial_loses_none_and_repeats_none(house, tuned, tm
     here = untuned(house, tmp_path / "root")
     started = process(tune_at, str(here.root), workers)
     until = time.monotonic() + 120
-    while not list(here.tune.glob("*.*.lock")):   # somebody has a trial
+    while not list(here.tune.glob("*.*.lock")):  # somebody has a trial
         assert time.monotonic() < until and started.exitcode is None
         time.sleep(0.005)
     started.kill()
@@ -350,7 +420,7 @@ def test_tpe_gives_up_what_goes_badly(house, tmp_path):
     trials = tune(here, **wide)
     ends = [t["end"] for t in trials]
     assert len(trials) == 8 == len(answers(here)) and 3 <= ends.count("complete") < 8
-    assert ends == sorted(ends) and all(t["loss"] for t in trials)   # complete, then pruned
+    assert ends == sorted(ends) and all(t["loss"] for t in trials)  # complete, then pruned
     early = [t for t in answers(here) if t.state.name == "PRUNED"]
     assert early and all(1 <= len(t.intermediate_values) < 4 for t in early)
     assert tune(here, **wide) == trials and len(answers(here)) == 8

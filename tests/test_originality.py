@@ -1,24 +1,32 @@
 """Copies are found however they are disguised, new tunes are not accused, and the yardstick is held-out music."""
+
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-import musicgen.features as features
-import musicgen.originality as originality
+import musicgen.music.similarity as originality
+from musicgen import features
 from musicgen.core import Layout
-from musicgen.features import make_piece, write_corpus
-from musicgen.originality import CROWD, PASSAGE, OriginalityIndex
-from musicgen.score import Part, Score, make_score, transpose
-from musicgen.tokens import Vocab
+from musicgen.corpus.dataset import write_corpus
+from musicgen.model.context import make_piece
+from musicgen.music.score import Part, Score, make_score, transpose
+from musicgen.music.similarity import CROWD, PASSAGE, OriginalityIndex
+from musicgen.music.tokens import Vocab
 
 
 def line(dice: np.random.Generator, notes: int, part: int = 0) -> list[list[int]]:
     "A line of small steps in mixed rhythm, on a grid of 24."
-    walk = np.cumsum(dice.choice([-4, -2, -1, 0, 1, 2, 3, 5], notes, p=[.1, .2, .2, .1, .2, .1, .05, .05]))
-    waits = dice.choice([6, 12, 18, 24, 48], notes, p=[.2, .4, .1, .2, .1])
+    walk = np.cumsum(
+        dice.choice(
+            [-4, -2, -1, 0, 1, 2, 3, 5], notes, p=[0.1, 0.2, 0.2, 0.1, 0.2, 0.1, 0.05, 0.05]
+        )
+    )
+    waits = dice.choice([6, 12, 18, 24, 48], notes, p=[0.2, 0.4, 0.1, 0.2, 0.1])
     pitches, onsets = 60 + np.abs((walk + 12) % 48 - 24), np.cumsum(waits) - waits
-    return [[int(t), part, int(p), int(d), 80] for t, p, d in zip(onsets, pitches, waits, strict=True)]
+    return [
+        [int(t), part, int(p), int(d), 80] for t, p, d in zip(onsets, pitches, waits, strict=True)
+    ]
 
 
 def piece(seed: int, notes: int = 60) -> Score:
@@ -31,9 +39,15 @@ def piece(seed: int, notes: int = 60) -> Score:
 def changed(note: list[int], wait: int, following: int, kind: int) -> list[list[int]]:
     "One note, ornamented: passing note, mordent, grace note, another pitch."
     t, part, p, d, v = note
-    if kind == 0: return [[t, part, p, wait // 2, v], [t + wait // 2, part, (p + following) // 2, wait // 2, v]]
-    if kind == 1: return [[t, part, p, 2, v], [t + 2, part, p + 2, 2, v], [t + 4, part, p, wait - 4, v]]
-    if kind == 2: return [[t, part, p + 1, 2, v], [t + 2, part, p, max(d - 2, 1), v]]
+    if kind == 0:
+        return [
+            [t, part, p, wait // 2, v],
+            [t + wait // 2, part, (p + following) // 2, wait // 2, v],
+        ]
+    if kind == 1:
+        return [[t, part, p, 2, v], [t + 2, part, p + 2, 2, v], [t + 4, part, p, wait - 4, v]]
+    if kind == 2:
+        return [[t, part, p + 1, 2, v], [t + 2, part, p, max(d - 2, 1), v]]
     return [[t, part, p + 2, d, v]]
 
 
@@ -61,21 +75,29 @@ def without(score: Score, part: int) -> Score:
 
 
 @pytest.fixture(scope="module")
-def index() -> OriginalityIndex: return OriginalityIndex.build((f"piece {k}", piece(k)) for k in range(60))
+def index() -> OriginalityIndex:
+    return OriginalityIndex.build((f"piece {k}", piece(k)) for k in range(60))
 
 
 DISGUISES: dict[str, Callable[[Score], Score]] = {
-    "another key": lambda s: transpose(s, 5), "slower": lambda s: retimed(s, 2), "faster": lambda s: retimed(s, .5),
-    "a quarter slower": lambda s: retimed(s, 1.25), "no inner voice": lambda s: without(s, 1),
-    "eight": lambda s: ornamented(s, 8), "seven": lambda s: ornamented(s, 7),
-    "all": lambda s: ornamented(transpose(retimed(without(s, 1), 2), -3), 8)}
+    "another key": lambda s: transpose(s, 5),
+    "slower": lambda s: retimed(s, 2),
+    "faster": lambda s: retimed(s, 0.5),
+    "a quarter slower": lambda s: retimed(s, 1.25),
+    "no inner voice": lambda s: without(s, 1),
+    "eight": lambda s: ornamented(s, 8),
+    "seven": lambda s: ornamented(s, 7),
+    "all": lambda s: ornamented(transpose(retimed(without(s, 1), 2), -3), 8),
+}
 
 
 @pytest.mark.parametrize("name", DISGUISES)
 def test_a_copy_is_found(index, name):
     "Twenty pieces in disguise; nineteen or all of them are traced to where they come from."
     found = [index.report(DISGUISES[name](piece(k))) for k in range(20)]
-    traced = [f["piece"] == f"piece {k}" and f["longest_notes"] >= PASSAGE for k, f in enumerate(found)]
+    traced = [
+        f["piece"] == f"piece {k}" and f["longest_notes"] >= PASSAGE for k, f in enumerate(found)
+    ]
     assert sum(traced) >= 19, found
 
 
@@ -91,7 +113,7 @@ def test_no_passage_reaches_from_one_line_into_another():
     one, two = (make_score(rows, [Part(40), Part(41)], ticks=24) for rows in (whole, halves))
     for known, take in ((one, two), (two, one)):
         report = OriginalityIndex.build([("it", known)]).report(take)
-        assert 20 <= report["longest_notes"] <= 24 and report["covered"] > .8, report
+        assert 20 <= report["longest_notes"] <= 24 and report["covered"] > 0.8, report
 
 
 def test_where_it_lies(index):
@@ -112,11 +134,14 @@ def test_the_size_of_a_block_changes_nothing(index, monkeypatch):
 
 # The yardstick.
 
+
 def corpus_of(folder, valid: int, test: int):
     "A corpus of dice: 60 pieces to learn from, 30 held out, 10 sealed."
     seeds = [*range(60), *range(valid, valid + 30), *range(test, test + 10)]
     splits = ["train"] * 60 + ["valid"] * 30 + ["test"] * 10
-    made = (make_piece(piece(seed), Vocab(), f"dice/{k:03d}", "dice") for k, seed in enumerate(seeds))
+    made = (
+        make_piece(piece(seed), Vocab(), f"dice/{k:03d}", "dice") for k, seed in enumerate(seeds)
+    )
     layout = Layout(folder)
     write_corpus(layout, made, splits, ["ours"] * 100, Vocab())
     return layout
@@ -124,13 +149,15 @@ def corpus_of(folder, valid: int, test: int):
 
 def test_the_yardstick_is_the_validation_split(tmp_path):
     "The sealed pieces do not touch it; copies among the held-out pieces do. The index stays small."
-    one, two, three = (corpus_of(tmp_path / name, *seeds) for name, seeds in
-                       (("one", (500, 800)), ("two", (500, 20)), ("three", (20, 800))))
+    one, two, three = (
+        corpus_of(tmp_path / name, *seeds)
+        for name, seeds in (("one", (500, 800)), ("two", (500, 20)), ("three", (20, 800)))
+    )
     mine, same, copied = (OriginalityIndex.load(layout.originality) for layout in (one, two, three))
     assert np.array_equal(mine.baseline, same.baseline) and len(mine.baseline) == 30 >= CROWD
     assert mine.baseline[:, 0].max() < PASSAGE <= np.median(copied.baseline[:, 0])
     assert mine.report(piece(4))["percentile"] == 100 > copied.report(piece(4))["percentile"] > 20
-    assert one.originality.stat().st_size <= .2 * one.corpus.stat().st_size
+    assert one.originality.stat().st_size <= 0.2 * one.corpus.stat().st_size
 
 
 def test_a_draw_is_fair_and_the_same_again(monkeypatch):
@@ -138,7 +165,8 @@ def test_a_draw_is_fair_and_the_same_again(monkeypatch):
     draws = []
     for _ in range(2):
         draws.append(features._Draw())
-        for k in range(1000): draws[-1].show(k)
+        for k in range(1000):
+            draws[-1].show(k)
     assert draws[0] == draws[1] and len(set(draws[0])) == 20 and 300 < np.mean(draws[0]) < 700
 
 
@@ -146,9 +174,13 @@ def test_a_percentile_counts_ties_half(index):
     "Of excerpts that are all alike, half share less than one that is like them."
     known = index.against(piece(k) for k in range(CROWD))
     few = index.against(piece(k) for k in range(CROWD - 1))
-    like = OriginalityIndex(known.text, known.starts, known.names, "", np.tile(known.baseline[:1], (CROWD, 1)))
+    like = OriginalityIndex(
+        known.text, known.starts, known.names, "", np.tile(known.baseline[:1], (CROWD, 1))
+    )
     copy = piece(int(np.argmin([index.report(piece(k))["longest_notes"] for k in range(CROWD)])))
     assert few.report(copy)["percentile"] is None
     assert like.report(make_score([(0, 0, 60, 24, 80)], [Part(40)], ticks=24))["percentile"] is None
-    assert like.report(piece(2000))["percentile"] == 0 and known.report(piece(2000))["percentile"] == 0
+    assert (
+        like.report(piece(2000))["percentile"] == 0 and known.report(piece(2000))["percentile"] == 0
+    )
     assert like.report(copy)["percentile"] == 50

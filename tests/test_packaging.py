@@ -1,4 +1,5 @@
-"""What is promised to those who install: the pins fit the lowest Python, and cover what the extras bring."""
+"""What is promised to those who install: pins fit the lowest Python, and cover what is brought."""
+
 import re
 import tomllib
 from importlib.metadata import PackageNotFoundError, distribution
@@ -20,71 +21,100 @@ def project(repo) -> dict:
 
 
 @pytest.fixture(scope="module")
-def pins(repo) -> dict[str, str]:
+def pins(repo) -> dict:
     "constraints.txt as {name: version}."
-    lines = [line.split("#")[0].strip() for line in (repo / "constraints.txt").read_text("utf-8").splitlines()]
-    found = [re.fullmatch(r"([\w.-]+)==(\S+)", line) for line in lines if line]
-    assert len(found) > 100 and None not in found, "a line of constraints.txt is no NAME==VERSION"
-    names = [canonicalize_name(match[1]) for match in found]
-    assert len(set(names)) == len(names), "constraints.txt names a package twice"
-    return {name: match[2] for name, match in zip(names, found)}
+    found = {}
+    for line in (repo / "constraints.txt").read_text("utf-8").splitlines():
+        if not (line := line.split("#")[0].strip()):
+            continue
+        match = re.fullmatch(r"([\w.-]+)==(\S+)", line)
+        assert match, f"{line}: a line of constraints.txt is NAME==VERSION"
+        name = canonicalize_name(match[1])
+        assert name not in found, f"constraints.txt names {name} twice"
+        found[name] = match[2]
+    assert len(found) > 100
+    return found
 
 
 def lowest(project: dict) -> Version:
     "The lowest Python that pyproject.toml admits: `>=3.11` is 3.11.0."
-    bounds = [part.version for part in SpecifierSet(project["requires-python"]) if part.operator == ">="]
+    bounds = [
+        part.version for part in SpecifierSet(project["requires-python"]) if part.operator == ">="
+    ]
     assert len(bounds) == 1
     parts = Version(bounds[0]).release
     return Version(".".join(map(str, (parts + (0, 0))[:3])))
 
 
-def brought(project: dict) -> dict[str, str]:
-    "What the base and the extras bring on this machine, and what that needs in its turn: {name: Requires-Python}."
-    names, found = [], {}
-    lines = project["dependencies"] + [line for extra in EXTRAS for line in project["optional-dependencies"][extra]]
-    waiting = [(Requirement(line), "") for line in lines]
+def brought(project: dict) -> set[str]:
+    "What the base and the extras bring here, and what that needs in its turn, by name."
+    lines = list(project["dependencies"])
+    for extra in EXTRAS:
+        lines += project["optional-dependencies"][extra]
+    waiting, seen = [(Requirement(line), "") for line in lines], set()
     while waiting:
         need, extra = waiting.pop()
-        if need.marker and not need.marker.evaluate({"extra": extra}): continue
-        name = canonicalize_name(need.name)
-        if (name, frozenset(need.extras)) in names: continue
-        names.append((name, frozenset(need.extras)))
-        metadata = distribution(name)
-        found[name] = metadata.metadata["Requires-Python"] or ""
-        waiting += [(Requirement(line), extra) for line in metadata.requires or [] for extra in ("", *need.extras)]
-    return found
+        key = canonicalize_name(need.name), frozenset(need.extras)
+        if key in seen or (need.marker and not need.marker.evaluate({"extra": extra})):
+            continue
+        seen.add(key)
+        for line in distribution(need.name).requires or []:
+            waiting += [(Requirement(line), extra) for extra in ("", *need.extras)]
+    return {name for name, _ in seen}
 
 
 def test_every_pin_installs_on_the_lowest_python(project, pins):
     "`requires-python` is a promise: no pinned version may want a later Python."
     low, asked, late = lowest(project), 0, {}
     for name, version in pins.items():
-        try: metadata = distribution(name)
-        except PackageNotFoundError: continue   # of [bench], or of another Python: `make pythons` asks the index for these
-        if Version(metadata.version).public != Version(version).public: continue   # moved in constraints.txt, not installed yet
+        try:
+            metadata = distribution(name)
+        except PackageNotFoundError:
+            continue  # of [bench], or of another Python: `make pythons` asks the index for these
+        if Version(metadata.version).public != Version(version).public:
+            continue  # moved in constraints.txt, not installed yet
         asked += 1
-        if not SpecifierSet(metadata.metadata["Requires-Python"] or "").contains(low): late[name] = metadata.metadata["Requires-Python"]
+        if not SpecifierSet(metadata.metadata["Requires-Python"] or "").contains(low):
+            late[name] = metadata.metadata["Requires-Python"]
     assert late == {}, f"these pins do not install on Python {low}"
-    assert asked > 150, f"only {asked} of {len(pins)} pins are installed here: run `make .venv/check-ready`"
+    assert asked > 150, (
+        f"only {asked} of {len(pins)} pins are installed here: run `make .venv/check-ready`"
+    )
 
 
 def test_everything_that_is_installed_has_its_pin(project, pins):
     "Without a pin the next installation may bring another version."
     needs = brought(project)
-    assert len(needs) > 100 and sorted(set(needs) - set(pins) - {"setuptools", "pip"}) == []
+    assert len(needs) > 100 and sorted(needs - set(pins) - {"setuptools", "pip"}) == []
 
 
 def test_every_dependency_admits_its_pin(project, pins):
-    "pyproject.toml says what is allowed, constraints.txt what is installed: the second lies in the first."
-    lines = project["dependencies"] + [line for extra in project["optional-dependencies"].values() for line in extra]
+    "pyproject.toml says what is allowed, constraints.txt what is installed."
+    lines = project["dependencies"] + [
+        line for extra in project["optional-dependencies"].values() for line in extra
+    ]
     needs = [Requirement(line) for line in lines]
-    outside = [str(need) for need in needs if (pin := pins.get(canonicalize_name(need.name))) and not need.specifier.contains(pin)]
+    outside = [
+        str(need)
+        for need in needs
+        if (pin := pins.get(canonicalize_name(need.name))) and not need.specifier.contains(pin)
+    ]
     assert outside == []
 
 
 def test_no_file_names_a_package_index_or_a_path_of_a_machine(repo):
     "Which index is asked is a setting of the machine: of pip, of npm, of Debian's apt."
-    words = re.compile(r"--(?:extra-)?index-url[ =]+http|https?://\S*(?:pypi\.|pythonhosted|/simple\b|/whl\b|registry\.npmjs)|find-links[ =]+\S*/")
-    names = ["Dockerfile", "Makefile", "compose.yaml", "constraints.txt", "pyproject.toml", ".ci/run",
-             *[str(path.relative_to(repo)) for path in sorted((repo / "tools").glob("*.py"))]]
+    words = re.compile(
+        r"--(?:extra-)?index-url[ =]+http|find-links[ =]+\S*/"
+        r"|https?://\S*(?:pypi\.|pythonhosted|/simple\b|/whl\b|registry\.npmjs)"
+    )
+    names = [
+        "Dockerfile",
+        "Makefile",
+        "compose.yaml",
+        "constraints.txt",
+        "pyproject.toml",
+        ".ci/run",
+        *[str(path.relative_to(repo)) for path in sorted((repo / "tools").glob("*.py"))],
+    ]
     assert [name for name in names if words.search((Path(repo) / name).read_text("utf-8"))] == []

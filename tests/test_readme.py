@@ -1,4 +1,5 @@
 """README's lines are run as they stand: a line that nobody here knows how to run fails."""
+
 import json
 import os
 import re
@@ -15,19 +16,29 @@ from pathlib import Path
 import pytest
 
 from musicgen.core import Layout
-from musicgen.score import read_midi
+from musicgen.music.score import read_midi
 
-PLAIN = ("make ", "python3 -m venv", ".venv/bin/", "jupyter lab", "voila ", "uvicorn ", "python run_pipeline.py --")
+PLAIN = (
+    "make ",
+    "python3 -m venv",
+    ".venv/bin/",
+    "jupyter lab",
+    "voila ",
+    "uvicorn ",
+    "python run_pipeline.py --",
+)
 "Lines that the other tests or CI run: installing, the whole pipeline, the servers that stay."
 
 
 def blocks(readme: Path, kind: str) -> list[str]:
-    return re.findall(rf"```{kind}\n(.*?)```", readme.read_text("utf-8"), re.S)
+    return re.findall(rf"```{kind}\n(.*?)```", readme.read_text("utf-8"), re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def lines(repo) -> list[str]:
-    found = [line for block in blocks(repo / "README.md", "sh") for line in block.splitlines() if line]
+    found = [
+        line for block in blocks(repo / "README.md", "sh") for line in block.splitlines() if line
+    ]
     assert len(found) > 12
     return [re.sub(r"\s+#.*", "", line) for line in found]
 
@@ -37,7 +48,8 @@ def home(tmp_path_factory):
     "A root with a model of random weights, and the environment of a shell that stands beside it."
     import torch
 
-    from musicgen.model import MusicLSTM, MusicLSTMConfig, save_model
+    from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig, save_model
+
     root = tmp_path_factory.mktemp("my model")
     torch.manual_seed(0)
     save_model(MusicLSTM(MusicLSTMConfig(hidden=32, head=16)), Layout(root).model)
@@ -46,7 +58,9 @@ def home(tmp_path_factory):
 
 
 def run(line: str, where: Path, env: dict) -> str:
-    done = subprocess.run(line, shell=True, cwd=where, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        line, shell=True, cwd=where, env=env, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -60,7 +74,8 @@ def test_the_shell_lines(lines, home, tmp_path):
     root, env = home
     ours = [line for line in lines if line.startswith("musicgen ")]
     assert len(ours) >= 5
-    for line in ours: run(line, tmp_path, env)
+    for line in ours:
+        run(line, tmp_path, env)
     made = {p.name: read_midi(p) for p in tmp_path.glob("*.mid")}
     assert len(made["quartet.mid"].bar_lines()) == 17 and len(made["quartet.mid"].parts) == 4
     assert (tmp_path / "quartet.mid").read_bytes() == (tmp_path / "again.mid").read_bytes()
@@ -76,7 +91,7 @@ def test_the_line_for_another_root(lines, home, tmp_path):
 
 def test_the_python_lines(repo, home, tmp_path):
     root, env = home
-    code, = blocks(repo / "README.md", "python")
+    (code,) = blocks(repo / "README.md", "python")
     run(f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}", tmp_path, env)
     assert len(read_midi(tmp_path / "duo.mid").parts) == 2
 
@@ -89,12 +104,18 @@ def server(home):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [sys.executable, "-m", "uvicorn", "musicgen.serve:app", "--port", str(port)]
-    process = subprocess.Popen(command, env=env, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command, env=env, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     try:
         for _ in range(300):
-            try: urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5); break
-            except OSError: time.sleep(0.2)
-        else: pytest.fail("the API did not start")
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.2)
+        else:
+            pytest.fail("the API did not start")
         yield port
     finally:
         process.send_signal(signal.SIGINT)
