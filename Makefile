@@ -1,6 +1,6 @@
 # Every target builds what it needs. All paths are relative, so a clone may lie in a folder with spaces.
 .DEFAULT_GOAL := help
-.PHONY: help run play lab up down docker-build docker-train image-check pythons check quick bench load records ablations ship ingest preprocess fe tune train evaluate test clean
+.PHONY: help run play lab up down docker-build docker-train image-check pythons wheel check quick bench load records ablations ship ingest preprocess fe tune train evaluate test clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 SHELL := /bin/sh
@@ -23,6 +23,7 @@ help:
 	@echo "make check   every test, lint and type check: ten minutes"
 	@echo "make image-check   builds the image on a Debian of its own and runs it (root, buildah, debootstrap; five minutes)"
 	@echo "make pythons   installs, plays and tests on the Pythons of Debian 12 and 13 (root, debootstrap): before each release"
+	@echo "make wheel   the package as one file in dist, to be installed elsewhere by pip"
 	@echo "make bench   our speed beside peers and limits, over the corpus in data/raw (half an hour)"
 	@echo "make load    half an hour of requests at the limit of the API, every answer checked"
 	@echo "make records the published tables, by the same network (hours; can be stopped and called again)"
@@ -88,6 +89,10 @@ build-image:
 
 image-check: .venv/check-ready
 	@$(VENV) -m pytest tests/image_checks.py
+
+# without build/ of an earlier time: setuptools packs whatever lies there, modules that are gone too
+wheel: .venv/play-ready
+	@rm -rf build dist && $(VENV) -m pip wheel -q --no-deps -w dist . && ls dist/*.whl
 
 pythons: .venv/play-ready
 	@$(VENV) tools/pythons.py
