@@ -1,35 +1,42 @@
-# The API and the dashboard in one image, without torch: playing needs none. `make docker-build` builds it.
+# The API and the dashboard in one image, without torch: playing needs none. `make docker-build` builds it, with Docker, Podman or buildah.
 #
 #   docker build -t musicgen:local .                        what compose.yaml runs
-#   docker build -t musicgen:train --target train .         the same and the pipeline, with torch for the CPU
+#   docker build -t musicgen:train --target train .         the pipeline, with torch
 #
 # PYTHON: 3.11, 3.12 or 3.13.
+# BASE: an image that has `python3` of one of these versions with its venv module, and useradd. The checks build on a Debian of their own.
+# TORCH_INDEX: the package index that torch is taken from. pytorch.org/get-started/locally names the one of the CPU builds; without it
+# pip's ordinary torch brings several gigabytes for graphics cards.
 ARG PYTHON=3.12
+ARG BASE=python:${PYTHON}-slim
 
-# --- build: an environment in /opt/venv; pip stays outside
-FROM python:${PYTHON}-slim AS build
+# --- build: an environment in /opt/venv. pip stays outside it, in an environment of its own.
+FROM ${BASE} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
-RUN python -m venv --without-pip /opt/venv
+RUN python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/venv
 WORKDIR /build
-# What we stand on comes first, so that a change of ours does not install it again.
+# The dependencies come first, so that a change of our own code does not install them again.
+# They are read from pyproject.toml: our package is built once, below, from the whole source.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-RUN mkdir musicgen && touch musicgen/__init__.py \
-    && pip --python /opt/venv/bin/python install -c constraints.txt .
+RUN python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > play.txt \
+    && /opt/pip/bin/pip --python /opt/venv/bin/python install -c constraints.txt -r play.txt
 COPY musicgen musicgen
-RUN pip --python /opt/venv/bin/python install --no-deps --force-reinstall .
+RUN /opt/pip/bin/pip --python /opt/venv/bin/python install --no-deps . && rm -rf build
 
-# --- train: the pipeline. torch comes from its own index of CPU builds: the ordinary one brings gigabytes for graphics cards.
+# --- train: the pipeline.
 #   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/srv/musicgen" musicgen:train
 FROM build AS train
-RUN pip --python /opt/venv/bin/python install -c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch \
-    && pip --python /opt/venv/bin/python install -c constraints.txt ".[train]"
+ARG TORCH_INDEX=
+RUN /opt/pip/bin/pip --python /opt/venv/bin/python install -c constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
+RUN python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['train'], sep='\n')" > train.txt \
+    && /opt/pip/bin/pip --python /opt/venv/bin/python install -c constraints.txt -r train.txt
 ENV PATH=/opt/venv/bin:$PATH HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib PYTHONDONTWRITEBYTECODE=1
 WORKDIR /srv/musicgen
 USER 10001:10001
 CMD ["python", "run_pipeline.py"]
 
 # --- play: the last stage is the one that is built when none is named
-FROM python:${PYTHON}-slim AS play
+FROM ${BASE} AS play
 RUN useradd --uid 10001 --user-group --home-dir /tmp --no-create-home --shell /usr/sbin/nologin musicgen
 COPY --from=build /opt/venv /opt/venv
 # The root may be read-only: what is written (kernels' connections, fonts' cache) goes to /tmp.

@@ -1,6 +1,6 @@
 # Every target builds what it needs. All paths are relative, so a clone may lie in a folder with spaces.
 .DEFAULT_GOAL := help
-.PHONY: help run play lab up down docker-build check quick bench load records ablations ship ingest preprocess fe tune train evaluate test clean
+.PHONY: help run play lab up down docker-build docker-train image-check pythons wheel check quick bench load records ablations ship ingest preprocess fe tune train evaluate test clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 SHELL := /bin/sh
@@ -17,10 +17,13 @@ help:
 	@echo "make play    the dashboard, playing the model that ships"
 	@echo "make run     the whole pipeline: a trained model, a report, MIDI files"
 	@echo "make up      the API and the dashboard as services that stay up (by Docker where it is); make down ends them"
-	@echo "make docker-build   the image that make up runs where there is a Docker engine"
+	@echo "make docker-build   the image that make up runs where there is a Docker engine; make docker-train: the one that trains"
 	@echo "make lab     JupyterLab, with all it takes to run any notebook"
 	@echo "make quick   the fast tests: two minutes"
 	@echo "make check   every test, lint and type check: ten minutes"
+	@echo "make image-check   builds the image on a Debian of its own and runs it (root, buildah, debootstrap; five minutes)"
+	@echo "make pythons   installs, plays and tests on the Pythons of Debian 12 and 13 (root, debootstrap): before each release"
+	@echo "make wheel   the package as one file in dist, to be installed elsewhere by pip"
 	@echo "make bench   our speed beside peers and limits, over the corpus in data/raw (half an hour)"
 	@echo "make load    half an hour of requests at the limit of the API, every answer checked"
 	@echo "make records the published tables, by the same network (hours; can be stopped and called again)"
@@ -62,21 +65,44 @@ run: .venv/run-ready
 play: .venv/play-ready
 	@$(VENV) -m voila dashboards/generate.ipynb
 
-# the image's name, and a file that says that it was built here once
+# the images' names, and a file that says that Docker built the first here once
 IMAGE := musicgen:local
+TRAINER := musicgen:train
 BUILT := artifacts/docker-image
 
+# what builds it: the first that answers. TORCH_INDEX: the package index of torch's CPU builds; BASE: another image with a Python to stand on
+ENGINE ?= $(shell for e in docker podman buildah; do $$e info >/dev/null 2>&1 && { echo $$e; break; }; done)
+BUILD_OPTIONS = $(if $(BASE),--build-arg BASE=$(BASE)) $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX))
+
 docker-build:
-	@docker info >/dev/null 2>&1 || { echo "No Docker engine answers on this machine, so no image can be built." >&2; exit 1; }
-	@mkdir -p artifacts
-	docker build --target play --tag $(IMAGE) --iidfile $(BUILT) .
+	@$(MAKE) --no-print-directory build-image TARGET=play TAG=$(IMAGE)
+docker-train:
+	@$(MAKE) --no-print-directory build-image TARGET=train TAG=$(TRAINER)
+# Docker's engine takes the context and the options as they are; Podman and buildah are shown this machine's settings of pip as well
+.PHONY: build-image
+build-image:
+	@engine="$(ENGINE)"; mkdir -p artifacts; case "$$engine" in \
+	docker) docker build --target $(TARGET) --tag $(TAG) $(if $(filter play,$(TARGET)),--iidfile $(BUILT)) $(BUILD_OPTIONS) .;; \
+	podman|buildah) $(MAKE) --no-print-directory .venv/made && $(VENV) tools/image.py build $$engine $(TARGET) $(TAG) $(BUILD_OPTIONS);; \
+	*) echo "No Docker engine answers on this machine, and neither Podman nor buildah is installed, so no image can be built \
+	(Debian and Ubuntu: apt-get install buildah)." >&2; exit 1;; esac
+
+image-check: .venv/check-ready
+	@$(VENV) -m pytest tests/image_checks.py
+
+# without build/ of an earlier time: setuptools packs whatever lies there, modules that are gone too
+wheel: .venv/play-ready
+	@rm -rf build dist && $(VENV) -m pip wheel -q --no-deps -w dist . && ls dist/*.whl
+
+pythons: .venv/play-ready
+	@$(VENV) tools/pythons.py
 
 # Docker's engine keeps the containers up; without it, or without an image, supervisord does it for two processes of .venv
 CONTAINED := docker compose ls --all --quiet 2>/dev/null | grep -qx musicgen
 up:
 	@if ! docker info >/dev/null 2>&1; then \
 		echo "No Docker engine answers here: starting the API and the dashboard as two supervised processes."; \
-		test -f $(BUILT) || echo "(The image was never built here either: make docker-build does it where there is an engine.)"; \
+		test -f $(BUILT) || echo "(The image was never built here either: make docker-build does it, and make up runs it where there is an engine.)"; \
 	elif ! docker compose version >/dev/null 2>&1; then \
 		echo "Docker is here without its compose plugin: starting the API and the dashboard as two supervised processes."; \
 	elif ! docker image inspect $(IMAGE) >/dev/null 2>&1; then \

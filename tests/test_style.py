@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-CODE = ["nbs", "tests", "dashboards", "run_pipeline.py"]
+CODE = ["nbs", "tests", "tools", "dashboards", "run_pipeline.py"]
 
 
 @pytest.mark.parametrize(
