@@ -155,7 +155,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'musicgen.app.takes.receipt_json': ('app/takes.html#receipt_json', 'musicgen/app/takes.py'),
                                     'musicgen.app.takes.roll_svg': ('app/takes.html#roll_svg', 'musicgen/app/takes.py'),
                                     'musicgen.app.takes.title': ('app/takes.html#title', 'musicgen/app/takes.py')},
-            'musicgen.app.theme': { 'musicgen.app.theme._ground': ('app/theme.html#_ground', 'musicgen/app/theme.py'),
+            'musicgen.app.theme': { 'musicgen.app.theme._properties': ('app/theme.html#_properties', 'musicgen/app/theme.py'),
                                     'musicgen.app.theme.box': ('app/theme.html#box', 'musicgen/app/theme.py'),
                                     'musicgen.app.theme.button': ('app/theme.html#button', 'musicgen/app/theme.py'),
                                     'musicgen.app.theme.heading': ('app/theme.html#heading', 'musicgen/app/theme.py'),
