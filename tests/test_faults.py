@@ -330,7 +330,7 @@ def test_the_number_of_processes_and_the_order_change_no_byte(root, tmp_path, mo
 
 
 @posix
-@pytest.mark.parametrize("moment", ["features.OriginalityIndex.pack", "features.Vocab.save"])
+@pytest.mark.parametrize("moment", ["OriginalityIndex.pack", "Vocab.save"])
 def test_killed_while_it_packs(root, moment):
     "A corpus is there when its index is, and the index comes last."
     write_tunes(root.raw / "mine", 12)
@@ -340,10 +340,10 @@ def test_killed_while_it_packs(root, moment):
     (root.raw / "mine/000.mid").unlink()
     preprocess(root, workers=1)
     code = (
-        "import os, sys\nimport musicgen.features as features\n"
-        "from musicgen.core import Layout\n"
-        f"{moment} = lambda *a, **k: os.kill(os.getpid(), 9)\n"
-        "features.write_features(Layout(sys.argv[1]))"
+        "import os, sys\nimport musicgen.corpus.dataset as dataset\n"
+        "from musicgen.core import Layout\nfrom musicgen.features import write_features\n"
+        f"dataset.{moment} = lambda *a, **k: os.kill(os.getpid(), 9)\n"
+        "write_features(Layout(sys.argv[1]))"
     )
     process = start(code, root.root)
     process.communicate(timeout=60)
