@@ -1,4 +1,7 @@
-"""What goes wrong on a real machine: kills, full disks, broken bytes, bad archives and models."""
+"""What goes wrong on a real machine: kills, full disks, broken bytes, bad archives and models.
+
+Random generators have fixed seeds.
+"""
 
 import csv
 import hashlib
@@ -15,9 +18,11 @@ import tarfile
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from musicgen.core import Layout, Rejection, read_settings, write_atomic
@@ -27,6 +32,7 @@ from musicgen.corpus.readers import scan_files
 from musicgen.features import write_features
 from musicgen.ingest import ingest
 from musicgen.model.context import make_piece
+from musicgen.music.process import Stop, WorkerDied, WorkerProcess, WorkerTimeout
 from musicgen.music.score import DRUMS, make_score, read_midi, write_midi
 from musicgen.music.tokens import Vocab
 from musicgen.preprocess import preprocess, read_scan, scan_rows
@@ -40,13 +46,13 @@ def root(tmp_path) -> Layout:
 
 
 def tune(seed: int, notes: int = 24):
-    "A tune of its own for every seed."
-    dice = np.random.default_rng(seed)
-    pitches = 60 + np.cumsum(dice.integers(-4, 5, notes)) % 24
-    lengths = dice.choice([120, 240, 360, 480], notes)
+    "A random tune, another one for each seed."
+    random = np.random.default_rng(seed)
+    pitches = 60 + np.cumsum(random.integers(-4, 5, notes)) % 24
+    lengths = random.choice([120, 240, 360, 480], notes)
     onsets = np.cumsum(lengths) - lengths
     rows = [(t, 0, p, d, 80) for t, p, d in zip(onsets, pitches, lengths, strict=True)]
-    return make_score(rows, [int(dice.integers(80))])
+    return make_score(rows, [int(random.integers(80))])
 
 
 def write_tunes(folder, count: int):
@@ -62,11 +68,11 @@ def start(code: str, *words) -> subprocess.Popen:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=hear_interrupts,
+        preexec_fn=reset_interrupts,
     )
 
 
-def hear_interrupts():
+def reset_interrupts():
     "A shell that runs us in the background has its children ignore Ctrl-C."
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -77,19 +83,19 @@ def kill(process: subprocess.Popen):
     assert process.returncode == -signal.SIGKILL
 
 
-def wait_for(what, seconds: float = 30):
-    "Until it is so."
-    until = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < until, "it did not come to that"
+def wait_for(condition, seconds: float = 60):
+    "Returns as soon as the condition is true."
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the condition did not become true"
         time.sleep(0.005)
 
 
-def refusal_of(does, *words, **more) -> str:
-    "The one sentence of a refusal."
-    with pytest.raises(Rejection) as refused:
-        does(*words, **more)
-    sentence = refused.value.sentence
+def rejection_of(function, *args, **options) -> str:
+    "The one sentence of a rejection."
+    with pytest.raises(Rejection) as caught:
+        function(*args, **options)
+    sentence = caught.value.sentence
     assert 10 < len(sentence) < 800, sentence
     return sentence
 
@@ -126,16 +132,16 @@ def test_killed_at_any_moment_of_many_writes(tmp_path):
         "for k in itertools.cycle('ab'):\n"
         f"    write_atomic(sys.argv[1], k * {size}); print(k, flush=True)"
     )
-    dice, seen = np.random.default_rng(0), set()
+    random, versions = np.random.default_rng(0), set()
     for _ in range(12):
         process = start(code, path)
         process.stdout.readline()
-        time.sleep(float(dice.uniform(0, 0.05)))
+        time.sleep(float(random.uniform(0, 0.05)))
         kill(process)
         text = path.read_text()
         assert len(text) == size and len(set(text)) == 1
-        seen.add(text[0])
-    assert seen <= set("ab")
+        versions.add(text[0])
+    assert versions <= set("ab")
 
 
 @posix
@@ -171,13 +177,15 @@ SCAN = (
 
 def children(pid: int) -> list[int]:
     "The processes that a process has started."
-    told = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
-    return [int(word) for word in told.stdout.split()]
+    return [child.pid for child in psutil.Process(pid).children()]
 
 
 def alive(pid: int) -> bool:
-    told = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
-    return bool(told.stdout.strip()) and not told.stdout.startswith("Z")
+    "Whether the process works on; a zombie does not."
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @posix
@@ -188,7 +196,8 @@ def test_killed_while_it_scans(root, tmp_path):
     (root.raw / "mine/061.mid").write_bytes(b"a diary")
     other = Layout(tmp_path / "undisturbed")
     shutil.copytree(root.raw, other.raw)
-    journal, readers, dice = root.scan.with_suffix(".journal"), [], np.random.default_rng(3)
+    journal, readers = root.scan.with_suffix(".journal"), []
+    random = np.random.default_rng(3)
     for lines in (3, 17, 40):
         process = start(SCAN, root.root, 2)
         wait_for(
@@ -198,7 +207,7 @@ def test_killed_while_it_scans(root, tmp_path):
                 and journal.read_bytes().count(b"\n") > lines
             )
         )
-        time.sleep(float(dice.uniform(0, 0.01)))
+        time.sleep(float(random.uniform(0, 0.01)))
         readers += children(process.pid)
         if process.poll() is None:
             kill(process)
@@ -208,7 +217,7 @@ def test_killed_while_it_scans(root, tmp_path):
     wait_for(lambda: not any(map(alive, readers)))  # they end with the pipe that feeds them
     if journal.exists():
         assert not root.scan.exists(), "a scan that is not finished is not there"
-        refusal_of(read_scan, root)
+        rejection_of(read_scan, root)
     preprocess(root, workers=1)
     preprocess(other, workers=1)
     assert root.scan.read_bytes() == other.scan.read_bytes()
@@ -217,22 +226,22 @@ def test_killed_while_it_scans(root, tmp_path):
 
 @posix
 @pytest.mark.parametrize("moment", ["find_clusters", "_write_table", "_Journal.close"])
-def test_killed_behind_the_reading(root, moment):
+def test_killed_after_the_files_are_read(root, moment):
     "All files are read, and the table is not there: the next run reads none of them again."
     write_tunes(root.raw / "mine", 12)
     code = (
-        "import os, sys\nimport musicgen.preprocess as room\nfrom musicgen.core import Layout\n"
-        f"room.{moment} = lambda *a, **k: os.kill(os.getpid(), 9)\n"
-        "room.preprocess(Layout(sys.argv[1]), workers=1)"
+        "import os, sys\nimport musicgen.preprocess as module\nfrom musicgen.core import Layout\n"
+        f"module.{moment} = lambda *a, **k: os.kill(os.getpid(), 9)\n"
+        "module.preprocess(Layout(sys.argv[1]), workers=1)"
     )
     process = start(code, root.root)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert root.scan.exists() == (moment == "_Journal.close")
     process = start(SCAN, root.root, 1)
-    said, wrong = process.communicate(timeout=60)
-    assert process.returncode == 0, wrong
-    assert "12 files known from a stopped run" in said
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "12 files known from a stopped run" in output
     assert [row["path"] for row in scan_rows(root)] == [f"mine/{k:03d}.mid" for k in range(12)]
 
 
@@ -252,14 +261,14 @@ def test_interrupted_while_it_scans(root):
 
 @posix
 def test_two_scans_of_one_root(root, tmp_path):
-    "The second is refused while the first is at work; the table is that of one scan alone."
+    "The second is rejected while the first is at work; the table is that of one scan alone."
     write_tunes(root.raw / "mine", 12)
     os.mkfifo(tmp_path / "endless")
     code = SCAN.replace(
         "preprocess(Layout",
-        "import musicgen.preprocess as room\nread = room.scan_files\n"
+        "import musicgen.preprocess as module\nread = module.scan_files\n"
         "def slow(*a):\n    yield from read(*a)\n    print('read', flush=True)\n"
-        "    sys.stdin.readline()\nroom.scan_files = slow\npreprocess(Layout",
+        "    sys.stdin.readline()\nmodule.scan_files = slow\npreprocess(Layout",
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(root.root), "1"],
@@ -269,7 +278,7 @@ def test_two_scans_of_one_root(root, tmp_path):
     )
     while process.stdout.readline() != "read\n":
         assert process.poll() is None
-    sentence = refusal_of(preprocess, root, workers=1)
+    sentence = rejection_of(preprocess, root, workers=1)
     assert "another run" in sentence and str(root.scan.parent) in sentence
     assert not root.scan.exists()
     process.communicate("on\n", timeout=60)
@@ -288,7 +297,7 @@ def test_a_disk_that_lost_part_of_the_journal(root):
     process = start(
         SCAN.replace(
             "preprocess(Layout",
-            "import musicgen.preprocess as room\nroom.find_clusters = None\npreprocess(Layout",
+            "import musicgen.preprocess as module\nmodule.find_clusters = None\npreprocess(Layout",
         ),
         root.root,
         1,
@@ -299,13 +308,13 @@ def test_a_disk_that_lost_part_of_the_journal(root):
     lines[3], lines[5], lines[12] = bytes(100) + b"\n", b"[3]\n", lines[12][:50]
     journal.write_bytes(b"".join(lines))
     process = start(SCAN, root.root, 1)
-    said, wrong = process.communicate(timeout=60)
-    assert process.returncode == 0 and "9 files known" in said, wrong
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "9 files known" in output, errors
     assert root.scan.read_bytes() == before
 
 
 def test_the_number_of_processes_and_the_order_change_no_byte(root, tmp_path, monkeypatch):
-    "One, two, three readers, and a backend of joblib; and the same files made in another order."
+    "One, two, three readers, a backend of joblib, and the same files written in another order."
     write_tunes(root.raw / "mine", 150)
     other = Layout(tmp_path / "other")
     for path in sorted(root.raw.rglob("*.mid"), reverse=True):
@@ -321,7 +330,7 @@ def test_the_number_of_processes_and_the_order_change_no_byte(root, tmp_path, mo
 
 
 @posix
-@pytest.mark.parametrize("moment", ["features.OriginalityIndex.pack", "features.Vocab.save"])
+@pytest.mark.parametrize("moment", ["OriginalityIndex.pack", "Vocab.save"])
 def test_killed_while_it_packs(root, moment):
     "A corpus is there when its index is, and the index comes last."
     write_tunes(root.raw / "mine", 12)
@@ -331,10 +340,10 @@ def test_killed_while_it_packs(root, moment):
     (root.raw / "mine/000.mid").unlink()
     preprocess(root, workers=1)
     code = (
-        "import os, sys\nimport musicgen.features as features\n"
-        "from musicgen.core import Layout\n"
-        f"{moment} = lambda *a, **k: os.kill(os.getpid(), 9)\n"
-        "features.write_features(Layout(sys.argv[1]))"
+        "import os, sys\nimport musicgen.corpus.dataset as dataset\n"
+        "from musicgen.core import Layout\nfrom musicgen.features import write_features\n"
+        f"dataset.{moment} = lambda *a, **k: os.kill(os.getpid(), 9)\n"
+        "write_features(Layout(sys.argv[1]))"
     )
     process = start(code, root.root)
     process.communicate(timeout=60)
@@ -345,6 +354,108 @@ def test_killed_while_it_packs(root, moment):
         assert "run the features stage" in e.sentence
     write_features(root)
     assert Corpus(root).hash != before and len(Corpus(root).lines) == 11
+
+
+# Worker processes.
+
+WORK = """
+import ctypes, os, sys, time
+def compute():
+    while True: pass
+def hang(): ctypes.PyDLL(None).sleep(600)  # in C, with Python's lock held
+def chatter(): os.system("echo noise; echo noise >&2"); print("noise"); return "result"
+def large(folder):
+    "Many bytes; the first process that sends them is killed before it is done."
+    import threading
+    try: os.mkdir(folder)
+    except FileExistsError: return bytes(300_000_000)
+    threading.Timer(0.01, os.kill, (os.getpid(), 9)).start()
+    return bytes(300_000_000)
+"""
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    "A folder whose module `work` workers find."
+    (tmp_path / "work.py").write_text(WORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends workers on Linux alone")
+@pytest.mark.parametrize("function", ["", "work:compute", "work:hang"])
+def test_a_worker_ends_with_its_parent(work, function):
+    "Killed by kill -9, the parent takes it along: idle, computing in Python, or stuck in C."
+    code = (
+        "import sys, threading, time\nsys.path.append(sys.argv[1])\n"
+        "from musicgen.music.process import WorkerProcess\n"
+        "worker = WorkerProcess(sys.argv[2] or 'work:hang'); worker.start()\n"
+        "if sys.argv[2]:\n"
+        "    threading.Thread(target=worker.call, daemon=True).start(); time.sleep(0.5)\n"
+        "print(worker.process.pid, flush=True); time.sleep(600)"
+    )
+    process = start(code, work, function)
+    worker = int(process.stdout.readline())
+    assert alive(worker)
+    kill(process)
+    wait_for(lambda: not alive(worker))
+
+
+@posix
+def test_a_worker_does_not_run_the_main_script(work):
+    "A script without `if __name__ == '__main__'` may start workers: it is not imported again."
+    script = work / "script.py"
+    script.write_text(
+        "from musicgen.music.process import WorkerProcess\nprint('once')\n"
+        "print(WorkerProcess('math:sqrt').call(9))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "once\n3.0\n", done.stderr
+
+
+def test_what_a_worker_prints_does_not_reach_its_results(work, capfd):
+    "By Python or by a child of its own; a quiet worker is silent, another writes to our errors."
+    for quiet in (True, False):
+        worker = WorkerProcess("work:chatter", quiet=quiet)
+        assert worker.call() == worker.call() == "result"
+        worker.close()
+        output, errors = capfd.readouterr()
+        assert output == "" and ("noise" in errors) == (not quiet)
+
+
+@posix
+def test_a_worker_that_dies_while_it_sends(work):
+    "Half a result is no result: the job is done again in a new process."
+    worker = WorkerProcess("work:large")
+    assert worker.call(str(work / "killed")) == bytes(300_000_000)
+    assert (work / "killed").is_dir()
+    worker.close()
+
+
+@posix
+def test_a_worker_that_is_halted(work):
+    "Stopped or late, a process that does not react is killed, and the next job has a new one."
+    worker, stop = WorkerProcess("math:sqrt"), Stop()
+    worker.start()
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    with pytest.raises(WorkerTimeout, match="SIGKILL"):
+        worker.call(9, timeout=0.2)
+    assert worker.call(9) == 3
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    threading.Timer(0.2, stop.set).start()
+    with pytest.raises(WorkerDied, match="SIGKILL"):
+        worker.call(9, stop=stop)
+    assert worker.call(16) == 4
+    worker.close()
+
+
+def test_threads_share_a_worker():
+    "They take turns, and each has its own result."
+    worker = WorkerProcess("math:sqrt")
+    with ThreadPoolExecutor(8) as threads:
+        roots = list(threads.map(worker.call, [k * k for k in range(64)]))
+    assert roots == list(range(64))
+    worker.close()
 
 
 # Full disks.
@@ -365,15 +476,15 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
         "try: write_atomic(sys.argv[2], b'x' * 100_000)\n"
         "except OSError as e: print('OSError')"
     )
-    said, wrong = start(code, 1000, path).communicate(timeout=60)
-    assert said == "OSError\n", wrong
+    output, errors = start(code, 1000, path).communicate(timeout=60)
+    assert output == "OSError\n", errors
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["song.mid"]
 
 
 @posix
 @pytest.mark.parametrize("size", [200, 5_000, 13_000])
 def test_a_full_disk_keeps_the_old_scan(root, size):
-    "Full at once, in the journal, in the fingerprints; with room again, the scan goes on."
+    "Full at once, in the journal, in the fingerprints; with space again, the scan goes on."
     write_tunes(root.raw / "mine", 12)
     preprocess(root, workers=1)
     before = root.scan.read_bytes()
@@ -383,8 +494,8 @@ def test_a_full_disk_keeps_the_old_scan(root, size):
         "try: preprocess(Layout(sys.argv[2]), workers=1)\n"
         "except OSError as e: print('OSError')"
     )
-    said, wrong = start(code, size, root.root).communicate(timeout=60)
-    assert said.endswith("OSError\n"), (said, wrong)
+    output, errors = start(code, size, root.root).communicate(timeout=60)
+    assert output.endswith("OSError\n"), (output, errors)
     assert root.scan.read_bytes() == before
     preprocess(root, workers=1)
     assert len(read_scan(root)) == 13 and os.listdir(root.scan.parent) == ["scan.csv"]
@@ -392,7 +503,7 @@ def test_a_full_disk_keeps_the_old_scan(root, size):
 
 @posix
 def test_a_full_disk_keeps_the_old_corpus_or_none(root):
-    "And a later run, with room again, is as good as ever."
+    "A later run, with space again, is as good as ever."
     write_tunes(root.raw / "mine", 12)
     preprocess(root, workers=1)
     code = FULL + (
@@ -401,36 +512,36 @@ def test_a_full_disk_keeps_the_old_corpus_or_none(root):
         "try: write_features(Layout(sys.argv[2]))\n"
         "except OSError as e: print('OSError')"
     )
-    said, wrong = start(code, 1100, root.root).communicate(timeout=60)
-    assert said.endswith("OSError\n"), wrong
-    assert "run the features stage" in refusal_of(Corpus, root)
+    output, errors = start(code, 1100, root.root).communicate(timeout=60)
+    assert output.endswith("OSError\n"), errors
+    assert "run the features stage" in rejection_of(Corpus, root)
     assert not list(root.processed.rglob("*.part"))
     write_features(root)
     assert len(Corpus(root).lines) == 12
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory) -> Layout:
-    "A root with a model that has learnt nothing."
+def untrained(tmp_path_factory) -> Layout:
+    "A root with a small model that has learnt nothing."
     import torch
 
     from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig, save_model
 
-    layout = Layout(tmp_path_factory.mktemp("house"))
+    layout = Layout(tmp_path_factory.mktemp("untrained"))
     torch.manual_seed(0)
     save_model(MusicLSTM(MusicLSTMConfig(hidden=24, head=16)), layout.model)
     return layout
 
 
 @posix
-def test_a_full_disk_is_one_sentence_in_the_shell(house, tmp_path):
+def test_a_full_disk_is_one_sentence_in_the_shell(untrained, tmp_path):
     out = tmp_path / "out.mid"
     out.write_bytes(b"old")
     code = FULL + "from musicgen.cli import main\nsys.exit(main(sys.argv[2:]))"
-    process = start(code, 200, "generate", "--root", house.root, "-o", out)
-    said, wrong = process.communicate(timeout=60)
-    assert process.returncode == 2 and said == "" and wrong.count("\n") == 1, wrong
-    assert wrong.startswith("musicgen: ") and "large" in wrong
+    process = start(code, 200, "generate", "--root", untrained.root, "-o", out)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and output == "" and errors.count("\n") == 1, errors
+    assert errors.startswith("musicgen: ") and "large" in errors
     assert out.read_bytes() == b"old" and os.listdir(tmp_path) == ["out.mid"]
 
 
@@ -449,8 +560,8 @@ BROKEN = {
     "an event without a status": HEAD + "00000007 003c40 00ff2f00",
     "a text longer than its track": HEAD + "00000008 00ff017f6161 0000",
     "a delta time that never ends": HEAD + "0000000a ffffffff ffffff7f 903c40",
-    "a note that is never let go": HEAD + "00000008 00903c40 00ff2f00",
-    "a note let go that was never struck": HEAD + "00000008 00803c40 00ff2f00",
+    "a note that never ends": HEAD + "00000008 00903c40 00ff2f00",
+    "the end of a note that never began": HEAD + "00000008 00803c40 00ff2f00",
     "a pitch above 127": HEAD + "0000000d 0090bc40 8360803c00 00ff2f00",
     "a tempo of nothing": HEAD + "00000014 00ff5103000000 00903c40 8360803c00 00ff2f00",
     "a metre over nothing": HEAD + "00000015 00ff5804000000 08 00903c40 8360803c00 00ff2f00",
@@ -489,7 +600,7 @@ def test_a_broken_file_has_its_row(scanned, name):
         assert row["tempo"] > 0 and row["seconds"] <= 6 * 3600
 
 
-def test_the_worst_are_refused(scanned):
+def test_the_worst_are_rejected(scanned):
     for name in (
         "nothing at all",
         "a head cut short",
@@ -499,20 +610,20 @@ def test_the_worst_are_refused(scanned):
         assert "reason" in scanned[name], name
 
 
-def test_what_can_be_mended_is(scanned):
-    "And the row says what."
+def test_what_can_be_repaired_is(scanned):
+    "And the row says what was."
     for name in ("a track without an end", "a pitch above 127", "a track cut inside an event"):
         assert "reason" not in scanned[name] and scanned[name]["mended"], name
 
 
 def test_a_file_that_would_kill_the_parser_costs_no_more_than_its_row(root):
-    "Twelve tunes and three killers: twelve pieces, three reasons."
+    "Twelve tunes and three files that crash the parser: twelve pieces, three reasons."
     write_tunes(root.raw / "mine", 12)
-    for k, killer in enumerate(KILLERS):
-        (root.raw / f"mine/killer-{k}.mid").write_bytes(killer)
+    for k, data in enumerate(CRASHERS):
+        (root.raw / f"mine/crasher-{k}.mid").write_bytes(data)
     assert preprocess(root, workers=2)["ok"] == 12
     scan = read_scan(root)
-    bad = scan[scan.path.str.contains("killer")]
+    bad = scan[scan.path.str.contains("crasher")]
     assert len(scan) == 15 and (bad.verdict == "refused").all() and (bad.reason != "").all()
     assert write_features(root)[0]["pieces"] == 12
 
@@ -524,15 +635,13 @@ def test_a_file_that_hangs_costs_one_row(tmp_path):
     for k in (1, 4):
         (tmp_path / f"{k:03d}.mid").unlink()
         os.mkfifo(tmp_path / f"{k:03d}.mid")
-    began = time.monotonic()
     rows = dict(scan_files(sorted(tmp_path.iterdir()), workers=2, timeout=0.5))
-    assert time.monotonic() - began < 20
     assert [p.stem for p, row in sorted(rows.items()) if "reason" in row] == ["001", "004"]
     assert all("longer than 0.5 s" in row["reason"] for row in rows.values() if "reason" in row)
 
 
 def test_the_malformed_files_of_the_world(tmp_path):
-    "167 broken files that people found: a verdict and a reason for each, and most of them read."
+    "167 broken files from collections: a verdict and a reason for each, and most of them read."
     if not (shared := os.environ.get("MUSICGEN_SHARED")):
         pytest.skip("MUSICGEN_SHARED names no folder")
     files = [p for p in sorted((Path(shared) / "data/malformed").iterdir()) if p.suffix != ".csv"]
@@ -544,32 +653,33 @@ def test_the_malformed_files_of_the_world(tmp_path):
     assert sum("content" in row for row in rows.values()) >= 124
 
 
-KILLERS = [
+CRASHERS = [
     bytes.fromhex(HEAD + text)
     for text in (
         "00000012 0a9f817f728d16fa059b52cbaf6de948c02b",
-        "00000029 07ad061a97631ba8399fb5e21c98e21aa28a63fcb8b3d25793a16b2983f39e3915b2b65dac2f46f991",
-        "00000031 d727d9830c560b8beab0977d81414bdcad83f60372b3a615076ac102c10cb9a7ee9efac5750f4e9fd2"
-        "391153db8872a782",
+        "00000029 07ad061a97631ba8399fb5e21c98e21aa28a63fcb8b3d25793a16b2983f39e39"
+        "15b2b65dac2f46f991",
+        "00000031 d727d9830c560b8beab0977d81414bdcad83f60372b3a615076ac102c10cb9a7"
+        "ee9efac5750f4e9fd2391153db8872a782",
     )
 ]
 
 
 @pytest.mark.parametrize("command", ["verify", "regenerate"])
-def test_a_file_that_would_kill_the_parser_is_a_sentence_in_the_shell(house, tmp_path, command):
-    "None of ours, or a refusal: one line, and no traceback."
-    for k, killer in enumerate(KILLERS):
+def test_a_file_that_would_kill_the_parser_is_a_sentence_in_the_shell(untrained, tmp_path, command):
+    "Not generated by us, or rejected: one line, and no traceback."
+    for k, data in enumerate(CRASHERS):
         path = tmp_path / f"{k}.mid"
-        path.write_bytes(killer)
+        path.write_bytes(data)
         process = start(
             "import sys\nfrom musicgen.cli import main\nsys.exit(main(sys.argv[1:]))",
             command,
             path,
             "--root",
-            house.root,
+            untrained.root,
         )
-        said, wrong = process.communicate(timeout=60)
-        assert process.returncode in (1, 2) and (said + wrong).count("\n") == 1, wrong
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode in (1, 2) and (output + errors).count("\n") == 1, errors
 
 
 # Archives and downloads.
@@ -620,19 +730,19 @@ NASTY = {
     "windows.zip": (zipped({"..\\evil.mid": GOOD, "C:\\evil.mid": GOOD}), "leads outside"),
     "climbs.tar.gz": (tarred(("good.mid", GOOD), ("../../evil.mid", GOOD)), "leads outside"),
     "link.tar.gz": (tarred(("link.mid", "/etc/passwd")), "link or device"),
-    "through.tar.gz": (tarred(("door", "/tmp"), ("door/evil.mid", GOOD)), "link or device"),
+    "through.tar.gz": (tarred(("link", "/tmp"), ("link/evil.mid", GOOD)), "link or device"),
     "bomb.zip": (zipped({"bomb.mid": bytes(50_000_000)}), "times its size"),
     "bomb.tar.gz": (tarred(("bomb.mid", bytes(50_000_000))), "times its size"),
 }
 
 
 @pytest.mark.parametrize("name", NASTY)
-def test_an_archive_that_means_harm(root, tmp_path, name):
-    "Refused by name, whole, with nothing written outside and nothing believed inside."
+def test_a_malicious_archive(root, tmp_path, name):
+    "Rejected by name, whole, with nothing written outside and nothing used of what is inside."
     data, why = NASTY[name]
     (tmp_path / name).write_bytes(data)
     write_source(root, kind="local", path=str(tmp_path / name))
-    sentence = refusal_of(ingest, root)
+    sentence = rejection_of(ingest, root)
     assert name in sentence and why in sentence, sentence
     assert not [*tmp_path.rglob("*evil*"), *tmp_path.parent.glob("*evil*")]
     assert not list(root.external.glob("mine*")) and not (root.raw / "mine").exists()
@@ -640,8 +750,8 @@ def test_an_archive_that_means_harm(root, tmp_path, name):
     assert sum(p.stat().st_size for p in root.root.rglob("*") if p.is_file()) < 10_000
 
 
-def test_a_good_archive_is_taken(root, tmp_path):
-    "The counter-check: the same door lets harmless music in, under safe names."
+def test_a_harmless_archive_is_read(root, tmp_path):
+    "The counter-check: harmless music is ingested, under safe names."
     (tmp_path / "good.zip").write_bytes(zipped({"a b/ü?.mid": GOOD, "notes.txt": b"hello"}))
     write_source(root, kind="local", path=str(tmp_path / "good.zip"))
     ingest(root)
@@ -653,8 +763,8 @@ def test_a_good_archive_is_taken(root, tmp_path):
 
 @pytest.fixture
 def site(tmp_path):
-    "A web site of one folder, on this machine: its address, its folder, what has been asked."
-    folder, asked = tmp_path / "site", []
+    "A web site of one folder, on this machine: its address, its folder, the paths requested."
+    folder, requests = tmp_path / "site", []
     folder.mkdir()
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -662,12 +772,12 @@ def site(tmp_path):
             super().__init__(*a, directory=str(folder))
 
         def log_message(self, *a):
-            asked.append(self.path)
+            requests.append(self.path)
 
         def do_GET(self):
             if not self.path.startswith("/cut"):
                 return super().do_GET()
-            asked.append(self.path)
+            requests.append(self.path)
             self.send_response(200)
             self.send_header("Content-Length", "1000")
             self.end_headers()
@@ -675,18 +785,18 @@ def site(tmp_path):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", folder, asked
+        yield f"http://127.0.0.1:{server.server_port}", folder, requests
         server.shutdown()
 
 
 def test_a_download_with_another_hash(root, site):
-    "Source, address, expected, got, consequence; and nothing is kept."
+    "Source, address, expected, got, consequence; and nothing stays on the disk."
     address, folder, _ = site
     (folder / "songs.zip").write_bytes(zipped({"a.mid": GOOD}))
     url, expected = f"{address}/songs.zip", "0" * 64
     got = hashlib.sha256((folder / "songs.zip").read_bytes()).hexdigest()
     write_source(root, kind="url", url=url, sha256=expected)
-    sentence = refusal_of(ingest, root)
+    sentence = rejection_of(ingest, root)
     assert all(words in sentence for words in ("mine", url, expected, got, "deleted")), sentence
     assert not [p for p in root.external.rglob("*") if p.is_file()]
     assert not (root.raw / "mine").exists()
@@ -695,17 +805,17 @@ def test_a_download_with_another_hash(root, site):
 
 
 def test_a_download_that_is_cut_off(root, site, tmp_path):
-    address, _, asked = site
+    address, _, requests = site
     path = tmp_path / "songs.zip"
     source = Source("mine", "url", "not stated", url=f"{address}/cut.zip")
-    sentence = refusal_of(download, source, path, tries=2, pause=0)
-    assert "2 attempts" in sentence and len(asked) >= 2 and not path.exists()
+    sentence = rejection_of(download, source, path, tries=2, pause=0)
+    assert "2 attempts" in sentence and len(requests) >= 2 and not path.exists()
 
 
 def test_a_download_that_is_not_there(root, site, tmp_path):
-    address, _, asked = site
+    address, _, requests = site
     source = Source("mine", "url", "not stated", url=f"{address}/none.zip")
-    sentence = refusal_of(download, source, tmp_path / "x")
+    sentence = rejection_of(download, source, tmp_path / "x")
     assert "404" in sentence and "1 attempts" in sentence, "a 404 is not tried again"
 
 
@@ -715,15 +825,15 @@ def test_a_download_that_is_not_there(root, site, tmp_path):
 def test_nothing_to_work_on(root, tmp_path):
     "Each stage says which one is missing before it."
     (tmp_path / "empty").mkdir()
-    assert "gave no piece" in refusal_of(ingest, root, midi=tmp_path / "empty")
-    assert "run the ingest stage" in refusal_of(preprocess, root)
-    assert "run the preprocess stage" in refusal_of(write_features, root)
-    assert "run the features stage" in refusal_of(Corpus, root)
+    assert "gave no piece" in rejection_of(ingest, root, midi=tmp_path / "empty")
+    assert "run the ingest stage" in rejection_of(preprocess, root)
+    assert "run the preprocess stage" in rejection_of(write_features, root)
+    assert "run the features stage" in rejection_of(Corpus, root)
 
 
 def test_too_little_to_work_on(root):
     write_tunes(root.raw / "mine", 3)
-    sentence = refusal_of(preprocess, root, workers=1)
+    sentence = rejection_of(preprocess, root, workers=1)
     assert "3 of 3 files" in sentence and "at least 10" in sentence
 
 
@@ -747,14 +857,14 @@ def test_another_corpus_under_the_same_index(packed):
     rows = np.load(packed.corpus)
     rows[3, 2] ^= 1
     np.save(packed.corpus, rows)
-    assert "another corpus" in refusal_of(Corpus, packed)
+    assert "another corpus" in rejection_of(Corpus, packed)
 
 
 def test_another_vocabulary_under_the_same_index(packed):
     Vocab(grid=12, longest=48).save(packed.vocab)
-    assert "another corpus" in refusal_of(Corpus, packed)
+    assert "another corpus" in rejection_of(Corpus, packed)
     packed.vocab.write_text(packed.vocab.read_text().replace('"grid": 12', '"grid": 13'))
-    assert "vocabulary" in refusal_of(Corpus, packed)
+    assert "vocabulary" in rejection_of(Corpus, packed)
 
 
 def test_a_half_written_array(packed):
@@ -768,7 +878,7 @@ def test_a_half_written_array(packed):
 def test_a_half_written_index(packed):
     text = packed.index.read_text()
     packed.index.write_text(text[: len(text) - 9])
-    assert "another corpus" in refusal_of(Corpus, packed)
+    assert "another corpus" in rejection_of(Corpus, packed)
 
 
 # Settings.
@@ -787,14 +897,14 @@ def test_a_half_written_index(packed):
 )
 def test_settings_that_make_no_sense(root, text):
     write_atomic(root.settings, text)
-    refusal_of(read_settings, root)
+    rejection_of(read_settings, root)
 
 
 # Damaged models.
 
 
 class Payload:
-    "What a pickle does when it is loaded: here, it leaves a file."
+    "What a pickle does when it is loaded: here, it makes a folder."
 
     def __init__(self, path):
         self.path = str(path)
@@ -805,7 +915,7 @@ class Payload:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("form", ["torch", "pickle", "inside"])
-def test_a_pickled_model_is_refused_and_not_run(house, tmp_path, form):
+def test_a_pickled_model_is_rejected_and_not_run(untrained, tmp_path, form):
     import torch
 
     from musicgen.model.lstm import load_model
@@ -816,20 +926,20 @@ def test_a_pickled_model_is_refused_and_not_run(house, tmp_path, form):
     elif form == "pickle":
         path.write_bytes(pickle.dumps(Payload(mark)))
     else:
-        model = torch.load(house.model, weights_only=True)
+        model = torch.load(untrained.model, weights_only=True)
         torch.save(model | dict(provenance=Payload(mark)), path)
-    assert str(path) in refusal_of(load_model, path)
+    assert str(path) in rejection_of(load_model, path)
     assert not mark.exists(), "the payload was run"
     torch.load(path, weights_only=False) if form != "pickle" else pickle.loads(path.read_bytes())
     assert mark.exists(), "the counter-check: it is a payload"
 
 
-def test_a_damaged_checkpoint_is_refused(house, tmp_path):
+def test_a_damaged_checkpoint_is_rejected(untrained, tmp_path):
     import torch
 
     from musicgen.model.lstm import load_model
 
-    data, path = house.model.read_bytes(), tmp_path / "music_lstm.pt"
+    data, path = untrained.model.read_bytes(), tmp_path / "music_lstm.pt"
     other = io.BytesIO()
     torch.save(dict(config=3, weights={}), other)
     for broken in (
@@ -842,14 +952,14 @@ def test_a_damaged_checkpoint_is_refused(house, tmp_path):
         other.getvalue(),
     ):
         path.write_bytes(broken)
-        assert str(path) in refusal_of(load_model, path)
+        assert str(path) in rejection_of(load_model, path)
 
 
-def test_damaged_weights_are_refused(house, tmp_path):
-    "Cut off, absurd, foreign, without what they should say: one sentence each, the file named."
+def test_damaged_weights_are_rejected(untrained, tmp_path):
+    "Cut off, absurd, foreign, without a description: one sentence each, the file named."
     from musicgen.generation.generate import open_model
 
-    data, here = house.weights.read_bytes(), Layout(tmp_path)
+    data, here = untrained.weights.read_bytes(), Layout(tmp_path)
     size = int.from_bytes(data[:8], "little")
     from safetensors.numpy import save
 
@@ -865,49 +975,49 @@ def test_damaged_weights_are_refused(house, tmp_path):
         save({"a": np.zeros(3)}, {"musicgen": "{"}),
     ):
         write_atomic(here.weights, broken)
-        assert str(here.weights) in refusal_of(open_model, here)
+        assert str(here.weights) in rejection_of(open_model, here)
 
 
-def test_weights_that_are_not_what_they_say(house, tmp_path):
-    "Right in form and wrong inside: another number, a table that is missing, a name of nobody."
+def test_weights_that_do_not_fit_their_description(untrained, tmp_path):
+    "Right in form and wrong inside: another number, a missing table, a short one, no description."
     from safetensors.numpy import save
 
     from musicgen.generation.generate import open_model
     from musicgen.model.decoder import read_weights
 
-    weights, about = read_weights(house.weights)
+    weights, about = read_weights(untrained.weights)
     here, name = Layout(tmp_path), "parts.weight"
     changed = weights | {name: weights[name] + 1}
-    for held, told in (
+    for arrays, description in (
         (changed, about),
         ({k: v for k, v in weights.items() if k != name}, about),
         (weights | {name: weights[name][:3]}, about),
         (weights, {"hash": about["hash"]}),
         (weights, [1]),
     ):
-        write_atomic(here.weights, save(held, {"musicgen": json.dumps(told)}))
-        assert str(here.weights) in refusal_of(open_model, here)
+        write_atomic(here.weights, save(arrays, {"musicgen": json.dumps(description)}))
+        assert str(here.weights) in rejection_of(open_model, here)
     write_atomic(here.weights, save(weights, {"musicgen": json.dumps(about)}))
     assert open_model(here).model_hash == about["hash"]
 
 
-def test_a_damaged_index_of_originals(house, tmp_path):
+def test_a_damaged_index_of_originals(untrained, tmp_path):
     from musicgen.generation.generate import open_model
 
     here = Layout(tmp_path)
-    write_atomic(here.weights, house.weights.read_bytes())
+    write_atomic(here.weights, untrained.weights.read_bytes())
     for broken in (b"", b"PK\3\4", GOOD, pickle.dumps(Payload(tmp_path / "executed"))):
         write_atomic(here.model_originality, broken)
-        assert here.model_originality.name in refusal_of(open_model, here)
+        assert here.model_originality.name in rejection_of(open_model, here)
     np.savez(here.model_originality, text=np.array([Payload(tmp_path / "executed")], object))
-    refusal_of(open_model, here)
+    rejection_of(open_model, here)
     assert not (tmp_path / "executed").exists()
 
 
-def test_the_door_is_as_it_was(house):
+def test_the_model_still_plays(untrained):
     "After all this, music."
     from musicgen.generation.generate import generate, open_model
     from musicgen.generation.request import Request
 
-    take = generate(open_model(house), Request(bars=1, instruments=["piano", "drums"]))[0]
+    take = generate(open_model(untrained), Request(bars=1, instruments=["piano", "drums"]))[0]
     assert [p.program for p in read_midi(take.midi).parts] == [0, DRUMS]

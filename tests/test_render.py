@@ -13,6 +13,7 @@ from musicgen.core import Rejection
 from musicgen.music import audio as hearing
 from musicgen.music import sheet as sheet_room
 from musicgen.music.audio import AUDIO, PEAK, TAIL, encode_audio, find_soundfont, stems, synthesize
+from musicgen.music.process import WorkerProcess
 from musicgen.music.roll import plot_roll, roll_png
 from musicgen.music.score import DRUMS, ONSET, PART, PITCH, Part, make_score, read_midi
 from musicgen.music.sheet import sheet
@@ -42,7 +43,7 @@ def job_of(program, pitch):
 def test_a_note_that_never_ends_is_given_up():
     "The celesta's 108 makes symusic 0.5.8 run for ever; should that be mended, nothing is refused."
     try:
-        sound = hearing._perform(job_of(8, 108), patience=1)
+        sound = hearing._play_apart(job_of(8, 108), timeout=1)
     except Rejection as refusal:
         assert "no sound after 1 s" in str(refusal)
     else:
@@ -52,12 +53,12 @@ def test_a_note_that_never_ends_is_given_up():
 
 def test_a_dead_process_is_replaced():
     first = synthesize(tune())
-    hearing._band.process.kill()
+    hearing._synthesizer.process.kill()
     assert np.array_equal(first, synthesize(tune()))
 
 
 def test_a_process_that_always_dies_is_refused(monkeypatch):
-    monkeypatch.setattr(hearing._band, "ask", lambda patience, job: ("", None))
+    monkeypatch.setattr(hearing, "_synthesizer", WorkerProcess("sys:exit"))
     with pytest.raises(Rejection, match="crashed twice"):
         synthesize(tune())
 
@@ -69,7 +70,7 @@ def test_what_was_played_before_does_not_matter(program):
     for other in (program - 1, program + 1, 82, 62):
         synthesize(tune(other, 70))
     assert np.array_equal(first, synthesize(tune(program)))
-    hearing._band.stop()
+    hearing._synthesizer.close()
     assert np.array_equal(first, synthesize(tune(program)))
     assert np.isfinite(first).all() and 0.9 < np.abs(first).max() <= PEAK + 1e-6
 
