@@ -1082,6 +1082,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'musicgen/model/lstm.py'),
                                      'musicgen.model.lstm.MusicLSTM.forward': ( 'model/lstm.html#musiclstm.forward',
                                                                                 'musicgen/model/lstm.py'),
+                                     'musicgen.model.lstm.MusicLSTM.head': ('model/lstm.html#musiclstm.head', 'musicgen/model/lstm.py'),
                                      'musicgen.model.lstm.MusicLSTM.hidden': ('model/lstm.html#musiclstm.hidden', 'musicgen/model/lstm.py'),
                                      'musicgen.model.lstm.MusicLSTM.input_vectors': ( 'model/lstm.html#musiclstm.input_vectors',
                                                                                       'musicgen/model/lstm.py'),

@@ -259,8 +259,8 @@ def test_a_damaged_checkpoint_is_one_sentence(root, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_training_in_bfloat16(root, reference):
-    """Forced, whatever this processor is; without oneDNN, whose LSTM knows bfloat16 only where it is
-    fast: the loss is nearly that of float32, and weights stay float32."""
+    """Forced, whatever this processor is: the loss is nearly that of float32, and weights stay
+    float32. (The LSTM of oneDNN knows bfloat16 only on processors that are fast at it.)"""
     with torch.backends.mkldnn.flags(enabled=False):
         history, weights = learn(root, settings=replace(SETTINGS, bf16=True))
     plain = learn(root, settings=replace(SETTINGS, bf16=False))

@@ -40,7 +40,7 @@ class _NotRelative(_NoIntervals):
         for layer in (
             self.interval_features,
             self.harmonic_interval,
-            self.heads["pitch"].interval_features,
+            self.head("pitch").interval_features,
         ):
             layer.weight.requires_grad_(False).zero_()
 
@@ -76,7 +76,7 @@ class _Tied(MusicLSTM):
 
     def __init__(self, config: MusicLSTMConfig):
         super().__init__(config)
-        head = self.heads["pitch"]
+        head = self.head("pitch")
         head.output = _Lines(self.input_table, self.pitch_before_offset, head.output.out_features)
 
 

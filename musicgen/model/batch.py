@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['window_of', 'Batch', 'collate', 'stream_batches', 'prefetch', 'step_windows']
 
-# %% ../../nbs/model/05_batch.ipynb #81f515ba
-from collections.abc import Callable, Iterator
+# %% ../../nbs/model/05_batch.ipynb #b58e951b
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -58,7 +58,7 @@ def collate(
         for k, a in enumerate(arrays):
             full[k, : len(a), : a.shape[1]] = a
         tensors.append(torch.from_numpy(full))
-    return Batch(*tensors, torch.tensor(starts))
+    return Batch(*[*tensors, torch.tensor(starts)])
 
 # %% ../../nbs/model/05_batch.ipynb #c8777f63
 def stream_batches(
@@ -66,7 +66,7 @@ def stream_batches(
     size: int,  # streams
     length: int,  # steps of a window
     rng: np.random.Generator,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     "Endless batches: each stream plays what it has drawn to its end, window by window."
     streams = [(draw(rng), 0) for _ in range(size)]
     while True:
@@ -80,7 +80,7 @@ def stream_batches(
         yield collate(windows, starts, length)
 
 # %% ../../nbs/model/05_batch.ipynb #ac270cd8
-def prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:
+def prefetch(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
     "The same endless batches, each laid out while the one before it is in use."
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, batches)

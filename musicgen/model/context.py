@@ -177,7 +177,7 @@ def _row_features(
     vocab: Vocab,
 ) -> dict[str, np.ndarray]:
     "The fields of a `Context` that depend on the rows, by name; n + 1 lines each."
-    nothing = [[0, 0, NO_PITCH, 0, 0]]  # the end; and, as index -1, a part that has not played
+    nothing = np.array([[0, 0, NO_PITCH, 0, 0]])  # the end; index -1: a part that has not played
     shift, part, pitch, duration, velocity = np.append(rows, nothing, axis=0).T
     sounds = shift[:-1] <= vocab.longest
     at = np.append(onsets, onsets[-1] if len(rows) else 0)  # the end has the onset of the last row
@@ -187,7 +187,8 @@ def _row_features(
     pitched = sounds & (who[part[:-1], 0] != DRUMS) if len(who) else sounds
     sounding, sounding_after = _sounding(rows, onsets, pitched)
     inputs = _row_before(rows, who, sounds, vocab)
-    inputs["beat"], inputs["step"] = np.append([[0, 0]], position[:-1], axis=0).T
+    before = np.append(np.zeros((1, 2), np.int64), position[:-1], axis=0)
+    inputs["beat"], inputs["step"] = before.T
     inputs["wait"] = _wait(ends, np.append(0, onsets), vocab.longest)
     inputs["bars_left"] = _bars_left(bar, bars)
     return dict(

@@ -82,11 +82,17 @@ def _head_outputs(weights: dict[str, np.ndarray], field: str) -> tuple[np.ndarra
 
 def _head_of(weights: dict[str, np.ndarray], field: str, dtype: type) -> _Head:
     "The head of a field, from weights by their names in the code."
-    table, starts = _head_table(weights, field)
+    table, (recall_at, pitches_at, intervals_at) = _head_table(weights, field)
     matrix, bias = _head_outputs(weights, field)
-    plain = lambda array: np.ascontiguousarray(array, dtype)
-    size = len(weights[f"heads.{field}.output.weight"])
-    return _Head(plain(table), *starts, plain(matrix.T), plain(bias), size)
+    return _Head(
+        np.ascontiguousarray(table, dtype),
+        recall_at,
+        pitches_at,
+        intervals_at,
+        np.ascontiguousarray(matrix.T, dtype),
+        np.ascontiguousarray(bias, dtype),
+        len(weights[f"heads.{field}.output.weight"]),
+    )
 
 # %% ../../nbs/model/13_decoder.ipynb #bfa5ea43
 class _FoldedWeights:

@@ -31,16 +31,15 @@ def save_model(
 
     tensors = {k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}
     weights = {k: v.numpy() for k, v in tensors.items()}
-    about = dict(
-        config=model.config.as_dict(), provenance=provenance or {}, hash=model_hash(weights)
-    )
+    name = model_hash(weights)
+    about = dict(config=model.config.as_dict(), provenance=provenance or {}, hash=name)
     torch.save(
         about | dict(weights=tensors, vocab=asdict(model.config.vocab)), buffer := io.BytesIO()
     )
     write_atomic(path, buffer.getvalue())
     safetensors = save(weights, {"musicgen": json.dumps(about)})
     write_atomic(Path(path).with_suffix(".safetensors"), safetensors)
-    return about["hash"]
+    return name
 
 # %% ../../nbs/model/08_files.ipynb #9944775a
 def _read_safetensors(path: str | Path) -> dict[str, Any]:

@@ -6,8 +6,8 @@ evaluation."""
 # %% auto #0
 __all__ = ['Result', 'single_threaded', 'single_threaded_pool', 'map_groups', 'losses_on', 'loss_on', 'validation_loss']
 
-# %% ../../nbs/model/10_loss.ipynb #b2196238
-from collections.abc import Callable, Iterator
+# %% ../../nbs/model/10_loss.ipynb #d1221fb5
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -60,7 +60,7 @@ def map_groups(
 
 # %% ../../nbs/model/10_loss.ipynb #907342c8
 @torch.no_grad()
-def _read_group(model: MusicLSTM, pieces: list[Piece], length: int) -> list[np.ndarray]:
+def _read_group(model: MusicLSTM, pieces: Sequence[Piece], length: int) -> list[np.ndarray]:
     "The (n + 1, 5) nats of each of some pieces, the longest first, read side by side."
     ids = [piece_to_ids(p, model.config.vocab, model.config.sources) for p in pieces]
     nats: list[list[np.ndarray]] = [[] for _ in ids]
@@ -74,14 +74,14 @@ def _read_group(model: MusicLSTM, pieces: list[Piece], length: int) -> list[np.n
 
 def losses_on(
     model: MusicLSTM,
-    pieces: list[Piece],
+    pieces: Sequence[Piece],
     size: int = 32,  # pieces read side by side
     length: int = 128,  # steps of a window
 ) -> tuple[list[np.ndarray], list[int]]:
     "For each piece the (n + 1, 5) nats of its rows and its end, and its number of notes."
     vocab = model.config.vocab
     read = lambda group: _read_group(model, [pieces[k] for k in group], length)
-    nats = {}
+    nats: dict[int, np.ndarray] = {}
     for group, arrays in map_groups(model, [len(p.rows) for p in pieces], size, read):
         nats |= zip(group, arrays)
     notes = [int((p.rows[:, SHIFT] <= vocab.longest).sum()) for p in pieces]
@@ -90,7 +90,7 @@ def losses_on(
 # %% ../../nbs/model/10_loss.ipynb #8369bcc4
 def loss_on(
     model: MusicLSTM,
-    pieces: list[Piece],
+    pieces: Sequence[Piece],
     size: int = 32,  # pieces read side by side
     length: int = 128,  # steps of a window
 ) -> dict[str, float]:
@@ -100,8 +100,8 @@ def loss_on(
     nats = totals / max(sum(notes), 1)
     return dict(total=float(nats.sum()), **dict(zip(FIELDS, nats.tolist())), notes=sum(notes))
 
-# %% ../../nbs/model/10_loss.ipynb #4f3d81be
-def validation_loss(pieces: list[Piece]) -> Callable[[MusicLSTM], float]:
+# %% ../../nbs/model/10_loss.ipynb #17e4734d
+def validation_loss(pieces: Sequence[Piece]) -> Callable[[MusicLSTM], float]:
     "The function model -> nats per note on these pieces. `Rejection` where there are none."
     if not pieces:
         raise Rejection("there is no piece to validate on")

@@ -130,6 +130,7 @@ def units(
 @patch
 def logits(self: Head, z: Tensor, recall: Tensor) -> Tensor:
     "(N, V) scores from hidden units (N, head); the copy weight is added to the recalled value."
+    assert self.copy_weight is not None, "the part's head gives a query, no logits"
     copy_weight = self.copy_weight(z) * (recall[:, :1] > 0)
     value = (recall[:, 1:] - RECALL_VALUE).clamp(min=0)
     return self.output(z).scatter_add(1, value, copy_weight)
@@ -251,6 +252,12 @@ def hidden(
 
 # %% ../../nbs/model/07_lstm.ipynb #97b8b629
 @patch
+def head(self: MusicLSTM, field: str) -> Head:
+    "The head of a field of `FIELDS`."
+    return cast(Head, self.heads[field])
+
+
+@patch
 def field_scores(
     self: MusicLSTM,
     field: str,
@@ -261,7 +268,7 @@ def field_scores(
     before: Tensor,  # int64 (N,): the pitch of the row before, or `NO_PITCH`
 ) -> Tensor:
     "(N, V) scores of the values of a field; for the part, the query (N, head) that parts answer."
-    head = cast(Head, self.heads[field])
+    head = self.head(field)
     latest, intervals = row[:, LATEST_PITCH] - self.latest_pitch_offset, None
     if head.interval_features is not None:
         intervals = to_intervals(sounding, torch.where(latest < NO_PITCH, latest, before))

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'SMALL_PRODUCT', 'has_small_products', 'multiply', 'product_with', 'numeric_path']
 
-# %% ../../nbs/model/12_precision.ipynb #fbb85c01
-from collections.abc import Callable
+# %% ../../nbs/model/12_precision.ipynb #53067e30
+from collections.abc import Callable, Mapping
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -127,7 +128,7 @@ def product_with(
     return _int8_product(matrix) if precision == "int8" else partial(multiply, matrix=matrix)
 
 # %% ../../nbs/model/12_precision.ipynb #7a8fe239
-def _blas_name(build: dict) -> str:
+def _blas_name(build: Mapping[str, Any]) -> str:
     "The BLAS that numpy uses, with its version and the kind of processor."
     from threadpoolctl import threadpool_info
 
