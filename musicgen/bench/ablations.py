@@ -16,10 +16,12 @@ from torch import nn
 
 from ..core import Layout, Rejection, open_root, write_atomic
 from ..corpus.dataset import Corpus
-from ..model.context import INPUT_COLUMNS, PIECE_COLUMNS, STEP_COLUMNS
-from ..model.lstm import Batch, LSTMStack, MusicLSTM, MusicLSTMConfig
+from ..model.batch import Batch
+from ..model.columns import INPUT_COLUMNS, PIECE_COLUMNS, STEP_COLUMNS
+from ..model.loss import validation_loss
+from ..model.lstm import LSTMStack, MusicLSTM, MusicLSTMConfig
 from ..model.sampler import NO_AUGMENTATION, Augment, Sampler
-from ..model.trainer import TrainingSettings, fit, validation_loss
+from ..model.trainer import TrainingSettings, fit
 
 # %% ../../nbs/bench/02_ablations.ipynb #dc39055a
 class _NoIntervals(MusicLSTM):
@@ -27,7 +29,7 @@ class _NoIntervals(MusicLSTM):
 
     def __init__(self, config: MusicLSTMConfig):
         super().__init__(config)
-        self.interval.weight.requires_grad_(False).zero_()
+        self.melodic_interval.weight.requires_grad_(False).zero_()
 
 
 class _NotRelative(_NoIntervals):
@@ -35,7 +37,11 @@ class _NotRelative(_NoIntervals):
 
     def __init__(self, config: MusicLSTMConfig):
         super().__init__(config)
-        for layer in (self.near, self.chord, self.heads["pitch"].near):
+        for layer in (
+            self.interval_features,
+            self.harmonic_interval,
+            self.head("pitch").interval_features,
+        ):
             layer.weight.requires_grad_(False).zero_()
 
 
@@ -43,9 +49,11 @@ class _NoEcho(MusicLSTM):
     "What followed the last time is not told."
 
     def forward(self, batch: Batch, *rest):
-        seen, parts = batch.seen.clone(), batch.parts.clone()
-        seen[..., len(INPUT_COLUMNS) : STEP_COLUMNS], parts[..., 4] = 0, 0
-        return super().forward(batch._replace(seen=seen, echo=0 * batch.echo, parts=parts), *rest)
+        inputs, parts = batch.inputs.clone(), batch.parts.clone()
+        inputs[..., len(INPUT_COLUMNS) : STEP_COLUMNS], parts[..., 4] = 0, 0
+        return super().forward(
+            batch._replace(inputs=inputs, recall=0 * batch.recall, parts=parts), *rest
+        )
 
 
 class _Lines(nn.Module):
@@ -68,25 +76,25 @@ class _Tied(MusicLSTM):
 
     def __init__(self, config: MusicLSTMConfig):
         super().__init__(config)
-        head = self.heads["pitch"]
-        head.out = _Lines(self.seen, self.before_at, head.out.out_features)
+        head = self.head("pitch")
+        head.output = _Lines(self.input_table, self.pitch_before_offset, head.output.out_features)
 
 
 class _Deaf(MusicLSTM):
     "What sounds is not heard: neither by the LSTM nor by the heads."
 
     def forward(self, batch: Batch, *rest):
-        silence = torch.zeros_like(batch.held)
-        return super().forward(batch._replace(held=silence, held_now=silence), *rest)
+        silence = torch.zeros_like(batch.sounding)
+        return super().forward(batch._replace(sounding=silence, sounding_after=silence), *rest)
 
 
 class _Untold(MusicLSTM):
     "The controls of the piece are not told."
 
     def forward(self, batch: Batch, *rest):
-        seen = batch.seen.clone()
-        seen[..., STEP_COLUMNS:PIECE_COLUMNS] = 0
-        return super().forward(batch._replace(seen=seen), *rest)
+        inputs = batch.inputs.clone()
+        inputs[..., STEP_COLUMNS:PIECE_COLUMNS] = 0
+        return super().forward(batch._replace(inputs=inputs), *rest)
 
 
 class _NormedTower(LSTMStack):
@@ -99,10 +107,10 @@ class _NormedTower(LSTMStack):
     def forward(self, x, state, rng=None):
         after = []
         for k, lstm in enumerate(self.lstms):
-            h, new = lstm(self._locked(self.norms[k](x), rng), state[k] if state else None)
+            h, new = lstm(self.locked_dropout(self.norms[k](x), rng), state[k] if state else None)
             x = x + h if k else h
             after.append(new)
-        return self._locked(self.norms[-1](x), rng), after
+        return self.locked_dropout(self.norms[-1](x), rng), after
 
 
 class _PlainTower(LSTMStack):
@@ -111,16 +119,16 @@ class _PlainTower(LSTMStack):
     def forward(self, x, state, rng=None):
         after = []
         for k, lstm in enumerate(self.lstms):
-            x, new = lstm(self._locked(x, rng), state[k] if state else None)
+            x, new = lstm(self.locked_dropout(x, rng), state[k] if state else None)
             after.append(new)
-        return self._locked(x, rng), after
+        return self.locked_dropout(x, rng), after
 
 # %% ../../nbs/bench/02_ablations.ipynb #ff2ff46d
 def _with_tower(tower: type) -> type:
     class Changed(MusicLSTM):
         def __init__(self, config: MusicLSTMConfig):
             super().__init__(config)
-            self.tower = tower(config.hidden, config.layers, config.dropout)
+            self.stack = tower(config.hidden, config.layers, config.dropout)
 
     return Changed
 

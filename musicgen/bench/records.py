@@ -18,20 +18,21 @@ import torch.nn.functional as F
 
 from ..core import Layout, Rejection, find_input, open_root, write_atomic
 from ..corpus.download import download, read_sources
-from musicgen.model.context import (
+from ..model.batch import Batch, step_windows
+from musicgen.model.columns import (
     BEATS,
     INPUT_COLUMNS,
     NO_PART,
     NO_PITCH,
     PIECE_COLUMNS,
+    PITCH_BEFORE,
     STEP_COLUMNS,
-    Ids,
-    Tables,
-    matching_recall,
-    recalled_rows,
 )
-from ..model.lstm import Batch, MusicLSTM, MusicLSTMConfig
-from ..model.trainer import TrainingSettings, fit, in_groups, side_by_side
+from ..model.ids import Ids, Tables, matching_recall
+from ..model.loss import map_groups
+from ..model.lstm import MusicLSTM, MusicLSTMConfig
+from ..model.recall import recalled_rows
+from ..model.trainer import TrainingSettings, fit
 from ..music.score import PITCHES
 from ..music.tokens import FIELDS, SHIFT, Vocab
 
@@ -157,9 +158,9 @@ def as_ids(roll: np.ndarray, by: int = 0) -> Ids:
     echo, holds = _echoes(shift, pitch)
     told = np.zeros((n + 1, PIECE_COLUMNS - STEP_COLUMNS + 1), np.int64)  # nothing is
     return Ids(
-        np.append(_TABLES.step(seen, echo), told, 1),
+        np.append(_TABLES.step_ids(seen, echo), told, 1),
         held,
-        chosen + _TABLES.chosen_at,
+        chosen + _TABLES.row_offsets,
         held_now,
         np.ones((n + 1, 1, 5), np.int64),
         holds,
@@ -176,8 +177,10 @@ class FrameLSTM(MusicLSTM):
     def scores(self, h, batch: Batch) -> dict[str, torch.Tensor]:
         "As `MusicLSTM.scores`, with the scores of what cannot be at -1e9."
         found = super().scores(h, batch)
-        last = batch.seen.flatten(0, 1)[:, 3] - int(_TABLES.seen_at[3])  # NO_PITCH before the first
-        same = batch.chosen.flatten(0, 1)[:, 0] == int(_TABLES.chosen_at[0])
+        last = batch.inputs.flatten(0, 1)[:, PITCH_BEFORE] - int(
+            _TABLES.input_offsets[PITCH_BEFORE]
+        )  # NO_PITCH before the first
+        same = batch.row.flatten(0, 1)[:, 0] == int(_TABLES.row_offsets[0])
         pitch = torch.arange(PITCHES, device=last.device)
         never = (
             (pitch < LOWEST) | (pitch >= LOWEST + KEYS) | (same[:, None] & (pitch >= last[:, None]))
@@ -219,7 +222,7 @@ def frame_nats(rolls: list[np.ndarray], side: int = 32, length: int = 256):
             model, [made[k] for k in group], [empty[k] for k in group], length
         )
         return (
-            sum(nats for _, nats in in_groups(model, [len(i.target) for i in made], side, read))
+            sum(nats for _, nats in map_groups(model, [len(i.target) for i in made], side, read))
             / frames
         )
 
@@ -230,7 +233,7 @@ def frame_nats(rolls: list[np.ndarray], side: int = 32, length: int = 256):
 def _nats(model: MusicLSTM, ids: list[Ids], empty: list[int], length: int) -> float:
     "All nats of some sequences."
     total = 0.0
-    for at, batch, h in side_by_side(model.hidden, ids, length):
+    for at, batch, h in step_windows(model.hidden, ids, length):
         scores, target = model.scores(h, batch), batch.target.flatten(0, 1)
         for k in (SHIFT, PITCH):
             total += F.cross_entropy(
