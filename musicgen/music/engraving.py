@@ -63,7 +63,9 @@ def _snap_times(times: np.ndarray, beats: np.ndarray) -> np.ndarray:
 # %% ../../nbs/music/06_engraving.ipynb #a87602dc
 def _values_over_beats(start: int, left: int, beat: int, rest: bool) -> list[int]:
     "The values of a beat and more that may begin at a step of the bar, at most `left` long."
-    values = (72, 36, 18) if beat == 18 else (48, 24, 12) if rest else (48, 36, 24, 18, 12)
+    values: tuple[int, ...] = (48, 24, 12) if rest else (48, 36, 24, 18, 12)
+    if beat == 18:
+        values = (72, 36, 18)
     if start % beat == 6 and left == 12 and not rest:
         values = (12,) if 12 in values else ()
     elif start % beat:
@@ -172,7 +174,7 @@ def staff_voices(
         return [_split_voices(notes)]
     return [_split_voices(notes[pitches >= 60]), _split_voices(notes[pitches < 60])]
 
-# %% ../../nbs/music/06_engraving.ipynb #7742868b
+# %% ../../nbs/music/06_engraving.ipynb #e70e8fc4
 def _tie(first: int, last: int, start: int, stop: int) -> str:
     "How a note value from `start` to `stop` is tied within a note from `first` to `last`."
     before, after = start > first, stop < last
@@ -189,13 +191,15 @@ def bar_events(
     drums: bool = False,  # a hit is not tied: what is left of its length are rests
 ) -> list[tuple[int, tuple[int, ...], str]]:
     'What fills a bar, as (steps, pitches, tie); no pitches is a rest, a tie "start", "stop", ....'
-    events, now = [], start
-    inside = [event for event in voice if event[0] < stop and event[1] > start]
-    for first, last, pitches in [*inside, (stop, stop, ())]:
+    events: list[tuple[int, tuple[int, ...], str]] = []
+    inside, now = [event for event in voice if event[0] < stop and event[1] > start], start
+    closing: tuple = (stop, stop, ())  # the rest before it fills the bar
+    for first, last, pitches in [*inside, closing]:
         left, right = max(first, start), min(last, stop)
         empty = (now, left) == (start, stop)
         rests = note_values(now - start, left - start, beat, rest=True)
-        events += [(steps, (), "") for steps in ([stop - start] if empty else rests)]
+        for steps in [stop - start] if empty else rests:
+            events.append((steps, (), ""))
         for steps in note_values(left - start, right - start, beat):
             tie = "" if drums else _tie(first, last, left, left + steps)
             events.append((steps, pitches, tie))

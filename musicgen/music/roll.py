@@ -9,7 +9,7 @@ __all__ = ['LIGHT_COLOURS', 'DARK_COLOURS', 'DRUM_NAMES', 'short_name', 'caption
 import io
 import threading
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -99,7 +99,7 @@ def _note_rectangles(
     low, high = rows - height / 2, rows + height / 2
     corners = np.stack([left, low, right, low, right, high, left, high], 1).reshape(-1, 4, 2)
     faces = np.column_stack([colours, 0.35 + 0.65 * notes[:, VELOCITY] / 127])
-    return PolyCollection(corners, facecolors=faces, edgecolors="none")
+    return PolyCollection(cast(Any, corners), facecolors=faces, edgecolors="none")
 
 # %% ../../nbs/music/02_roll.ipynb #966b0ad4
 def _bar_range(shade_bars: int | tuple[int, int], bars: int) -> tuple[int, int]:
