@@ -14,7 +14,6 @@ import soundfile
 from musicgen.core import Rejection
 from musicgen.music import audio as hearing
 from musicgen.music.audio import AUDIO, PEAK, TAIL, encode_audio, find_soundfont, stems, synthesize
-from musicgen.music.notation import read_musicxml
 from musicgen.music.roll import plot_roll, roll_png
 from musicgen.music.score import DRUMS, ONSET, PART, PITCH, Part, make_score, read_midi
 from musicgen.music.sheet import sheet
@@ -141,9 +140,8 @@ def test_stems_add_up_and_know_the_bars():
         f"0{k + 1}-{name}.wav"
         for k, name in enumerate(("grand-piano", "violin", "violin", "church-organ", "kit"))
     ]
-    sounds = [
-        soundfile.read(io.BytesIO(archive.read(n)), dtype="float32") for n in archive.namelist()
-    ]
+    files = [io.BytesIO(archive.read(name)) for name in archive.namelist()]
+    sounds = [soundfile.read(file, dtype="float32") for file in files]
     assert {(rate, len(x)) for x, rate in sounds} == {
         (48000, round((score.seconds + TAIL) * 48000))
     }
@@ -190,11 +188,13 @@ def quarters(score):
 def test_sheet_music_has_the_notes(metre):
     "Voices, chords, ties, triplets, all keys: read back, every note is where it was."
     pytest.importorskip("music21")
+    from musicgen.music.notation import read_musicxml
+
     rng, eighth = np.random.default_rng(sum(metre)), 240
-    lengths, pitches = rng.permutation(40), rng.integers(1, 4, 40)
+    pitches, lengths = rng.permutation(40), rng.integers(1, 4, 40)
     rows = [
         (eighth * k, 0, 48 + int(p), eighth * int(d), 80)
-        for k, (p, d) in enumerate(zip(lengths, pitches, strict=True))
+        for k, (p, d) in enumerate(zip(pitches, lengths, strict=True))
     ]
     rows += [
         (eighth * k, 1, p + k % 3, eighth * 3, 80) for k in range(0, 40, 4) for p in (60, 64, 67)
