@@ -106,7 +106,7 @@ class OriginalityIndex:
         self.names, self.corpus = names, corpus
         self.baseline = np.zeros((0, 2)) if baseline is None else baseline
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"OriginalityIndex({len(self.names)} pieces, {len(self.text)} bytes)"
 
 # %% ../../nbs/music/15_originality.ipynb #674556c2
@@ -207,12 +207,12 @@ def _write_index(
 
     return write_atomic(path, write)
 
-# %% ../../nbs/music/15_originality.ipynb #99b7176f
+# %% ../../nbs/music/15_originality.ipynb #aa0fb5d3
 def _text_array(text: str) -> np.ndarray:
     "A string as uint8, so that the file needs no pickles."
     return np.frombuffer(text.encode(), np.uint8)
 
-
+# %% ../../nbs/music/15_originality.ipynb #599b21d7
 def _index_arrays(starts: Iterable[int], names: Iterable[str], corpus: str, baseline=()) -> dict:
     "What an index stores beside its text. The names are joined by zero bytes."
     arrays = dict(
@@ -225,7 +225,7 @@ def _index_arrays(starts: Iterable[int], names: Iterable[str], corpus: str, base
         arrays["baseline"] = np.asarray(baseline, np.float32)
     return arrays
 
-
+# %% ../../nbs/music/15_originality.ipynb #caf95a3b
 @patch
 def save(
     self: OriginalityIndex,

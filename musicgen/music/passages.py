@@ -14,7 +14,7 @@ import numpy as np
 
 from .melody import BREAK, GRAM, INTERVALS, RATIOS, grams
 
-# %% ../../nbs/music/14_passages.ipynb #3432ed43
+# %% ../../nbs/music/14_passages.ipynb #8474a698
 EDGE = 16  # breaks before and behind a text
 TAKE_BREAK = BREAK - 1  # what stands between the lines of a take
 
@@ -26,13 +26,20 @@ def pad_text(
     "uint8 (n + 2 * EDGE,): the text between two edges."
     return np.pad(text, EDGE, constant_values=filler)
 
-
+# %% ../../nbs/music/14_passages.ipynb #99657e08
 def _words(text: np.ndarray) -> np.ndarray:
     "uint64 (n - 7,): every run of eight bytes as a number, without a copy."
     return np.ndarray(len(text) - 7, "<u8", text, strides=(1,))
 
 # %% ../../nbs/music/14_passages.ipynb #a6088017
 SEED = 4  # bytes, one to a note, that agree before more is compared
+
+
+def _buckets(words: np.ndarray) -> np.ndarray:
+    "uint16: the bucket of each word, from its first `SEED` bytes (multiplicative hashing; Knuth)."
+    return (words.astype(np.uint32) * np.uint32(0x9E3779B1) >> np.uint32(16)).astype(np.uint16)
+
+# %% ../../nbs/music/14_passages.ipynb #050377d5
 BLOCK = 1 << 20  # places that are sorted together
 
 
@@ -41,11 +48,6 @@ class SeedBlock(NamedTuple):
 
     places: np.ndarray  # uint32 (n,), sorted by bucket
     first: np.ndarray  # int (65537,): where in `places` each bucket begins, and the end
-
-
-def _buckets(words: np.ndarray) -> np.ndarray:
-    "uint16: the bucket of each word, from its first `SEED` bytes (multiplicative hashing; Knuth)."
-    return (words.astype(np.uint32) * np.uint32(0x9E3779B1) >> np.uint32(16)).astype(np.uint16)
 
 
 def index_seeds(

@@ -113,7 +113,7 @@ def _bar_step(bars: int, most: int) -> int:
     "1, 2, 4, 8 ...: one bar in so many leaves at most `most` of them."
     return 1 << max(0, int(np.ceil(np.log2(max(bars, 1) / most))))
 
-
+# %% ../../nbs/music/02_roll.ipynb #45a53c16
 def _draw_bars(axes, lines: np.ndarray, page: _PageColours, shaded: tuple[int, int]) -> None:
     "Draws the bar lines, which are given in ticks, and the shaded bars."
     axes.set_xlim(0, max(int(lines[-1]), 1))
@@ -143,7 +143,7 @@ def _number_bars(axes, lines: np.ndarray, page: _PageColours) -> None:
     step = _bar_step(len(lines) - 1, 24)
     _label(axes, lines[:-1:step], range(1, len(lines), step), page.ink, below=True)
 
-# %% ../../nbs/music/02_roll.ipynb #c0743ebc
+# %% ../../nbs/music/02_roll.ipynb #166bdd7c
 def _pitch_limits(notes: np.ndarray) -> tuple[int, int]:
     "The lowest and the highest pitch that the lane shows, at least an octave apart."
     if not len(notes):
@@ -152,7 +152,7 @@ def _pitch_limits(notes: np.ndarray) -> tuple[int, int]:
     missing = max(12 - (high - low), 0)
     return low - missing // 2, high + (missing + 1) // 2
 
-
+# %% ../../nbs/music/02_roll.ipynb #acd393f2
 def _draw_pitches(axes, notes: np.ndarray, colours, page: _PageColours, shortest: float) -> None:
     "Draws the notes that are not drums, and a rule and a name for every C."
     low, high = _pitch_limits(notes)
@@ -161,7 +161,7 @@ def _draw_pitches(axes, notes: np.ndarray, colours, page: _PageColours, shortest
     _label(axes, octaves, [f"C{c // 12 - 1}" for c in octaves], page.ink, below=False)
     across = axes.get_yaxis_transform()
     axes.hlines(octaves - 0.5, 0, 1, page.line, lw=0.6, transform=across, zorder=0)
-    height = max(0.86, (high - low + 2) / 40)  # a wide range still has notes that can be seen
+    height = max(0.86, (high - low + 2) / 40)
     own = colours[notes[:, PART]]
     axes.add_collection(_note_rectangles(notes, notes[:, PITCH], own, shortest, height))
 
@@ -191,7 +191,7 @@ def _page_size(bars: int, notes: int, drums: int) -> tuple[float, float, float]:
     rows = max(min(0.14 * drums + 0.08, 1.2 if notes else 2.4), 0.5) if drums else 0.0
     return width, pitches, rows
 
-
+# %% ../../nbs/music/02_roll.ipynb #5b97a769
 def _add_lane(figure, bottom: float, height: float, left: float):  # matplotlib Axes
     "An empty lane, in inches from the bottom, between the labels and the legend."
     width, total = figure.get_size_inches()
@@ -199,7 +199,7 @@ def _add_lane(figure, bottom: float, height: float, left: float):  # matplotlib 
         [left / width, bottom / total, (width - left - _LEGEND) / width, height / total]
     )
 
-# %% ../../nbs/music/02_roll.ipynb #06848b23
+# %% ../../nbs/music/02_roll.ipynb #03bf3005
 def _shade_name(shaded: tuple[int, int]) -> str:
     "What the legend calls the shaded bars, which are counted from 0."
     first, stop = shaded
@@ -207,7 +207,7 @@ def _shade_name(shaded: tuple[int, int]) -> str:
         return "opening"
     return f"bars {first + 1} to {stop}" if stop > first + 1 else f"bar {stop}"
 
-
+# %% ../../nbs/music/02_roll.ipynb #66751601
 def _add_legend(figure, score: Score, colours, page: _PageColours, shaded: tuple[int, int]) -> None:
     "Adds the names of the parts, at most twelve, and of the shaded bars, on the right."
     from matplotlib.patches import Patch
@@ -267,7 +267,7 @@ _NO_DATE: dict[str, dict[str, str | None]] = dict(
 _DESCRIPTION = dict(png="Description", svg="Description", pdf="Subject")
 _SETTINGS_LOCK = threading.Lock()  # matplotlib's settings are global, and SVG needs two of them
 
-
+# %% ../../nbs/music/02_roll.ipynb #5f104a0b
 def roll_png(
     score: Score,
     dark: bool = False,  # for a dark page
