@@ -1,28 +1,26 @@
-"""Copies are found however they are disguised, new tunes are not accused, and the yardstick is held-out music."""
+"""Copies are found in any disguise, new pieces are not accused, the baseline is held-out music."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-import musicgen.music.similarity as originality
-from musicgen import features
 from musicgen.core import Layout
+from musicgen.corpus import dataset
 from musicgen.corpus.dataset import write_corpus
 from musicgen.model.context import make_piece
-from musicgen.music.score import Part, Score, make_score, transpose
-from musicgen.music.similarity import CROWD, PASSAGE, OriginalityIndex
+from musicgen.music import passages
+from musicgen.music.originality import CROWD, PASSAGE, OriginalityIndex
+from musicgen.music.score import DURATION, ONSET, PART, Part, Score, make_score, transpose
 from musicgen.music.tokens import Vocab
 
 
-def line(dice: np.random.Generator, notes: int, part: int = 0) -> list[list[int]]:
+def random_line(rng: np.random.Generator, notes: int, part: int = 0) -> list[list[int]]:
     "A line of small steps in mixed rhythm, on a grid of 24."
-    walk = np.cumsum(
-        dice.choice(
-            [-4, -2, -1, 0, 1, 2, 3, 5], notes, p=[0.1, 0.2, 0.2, 0.1, 0.2, 0.1, 0.05, 0.05]
-        )
-    )
-    waits = dice.choice([6, 12, 18, 24, 48], notes, p=[0.2, 0.4, 0.1, 0.2, 0.1])
+    steps, shares = [-4, -2, -1, 0, 1, 2, 3, 5], [0.1, 0.2, 0.2, 0.1, 0.2, 0.1, 0.05, 0.05]
+    walk = np.cumsum(rng.choice(steps, notes, p=shares))
+    waits = rng.choice([6, 12, 18, 24, 48], notes, p=[0.2, 0.4, 0.1, 0.2, 0.1])
     pitches, onsets = 60 + np.abs((walk + 12) % 48 - 24), np.cumsum(waits) - waits
     return [
         [int(t), part, int(p), int(d), 80] for t, p, d in zip(onsets, pitches, waits, strict=True)
@@ -31,19 +29,17 @@ def line(dice: np.random.Generator, notes: int, part: int = 0) -> list[list[int]
 
 def piece(seed: int, notes: int = 60) -> Score:
     "A violin, a viola and a cello, each with a line of its own."
-    dice = np.random.default_rng(seed)
-    rows = [row for part in range(3) for row in line(dice, notes, part)]
+    rng = np.random.default_rng(seed)
+    rows = [row for part in range(3) for row in random_line(rng, notes, part)]
     return make_score(rows, [Part(40), Part(41), Part(42)], ticks=24)
 
 
-def changed(note: list[int], wait: int, following: int, kind: int) -> list[list[int]]:
-    "One note, ornamented: passing note, mordent, grace note, another pitch."
+def ornament(note: list[int], wait: int, following: int, kind: int) -> list[list[int]]:
+    "One note with a passing note, a mordent or a grace note, or at another pitch."
     t, part, p, d, v = note
     if kind == 0:
-        return [
-            [t, part, p, wait // 2, v],
-            [t + wait // 2, part, (p + following) // 2, wait // 2, v],
-        ]
+        half = wait // 2
+        return [[t, part, p, half, v], [t + half, part, (p + following) // 2, half, v]]
     if kind == 1:
         return [[t, part, p, 2, v], [t + 2, part, p + 2, 2, v], [t + 4, part, p, wait - 4, v]]
     if kind == 2:
@@ -55,60 +51,64 @@ def ornamented(score: Score, every: int) -> Score:
     "The score with an ornament at every so-many-th note of each part."
     rows = []
     for part in range(len(score.parts)):
-        notes = score.notes[score.notes[:, 1] == part].tolist()
+        notes = score.notes[score.notes[:, PART] == part].tolist()
         for k, (note, after) in enumerate(zip(notes, notes[1:] + notes[-1:], strict=True)):
             wait = after[0] - note[0]
             here = k % every == every - 1 and wait >= 6
-            rows += changed(note, wait, after[2], k // every % 4) if here else [note]
+            rows += ornament(note, wait, after[2], k // every % 4) if here else [note]
     return make_score(rows, score.parts, ticks=24)
 
 
-def retimed(score: Score, factor: float) -> Score:
+def stretched(score: Score, factor: float) -> Score:
     "The score at another speed, on the same clock."
     notes = score.notes.astype(float)
-    notes[:, [0, 3]] = np.maximum(np.rint(notes[:, [0, 3]] * factor), [0, 1])
+    times = [ONSET, DURATION]
+    notes[:, times] = np.maximum(np.rint(notes[:, times] * factor), [0, 1])
     return make_score(notes.astype(int).tolist(), score.parts, ticks=24)
 
 
 def without(score: Score, part: int) -> Score:
-    return make_score(score.notes[score.notes[:, 1] != part].tolist(), score.parts, ticks=24)
+    "The score without the notes of a part."
+    return make_score(score.notes[score.notes[:, PART] != part].tolist(), score.parts, ticks=24)
 
 
 @pytest.fixture(scope="module")
 def index() -> OriginalityIndex:
+    "Sixty pieces."
     return OriginalityIndex.build((f"piece {k}", piece(k)) for k in range(60))
 
 
 DISGUISES: dict[str, Callable[[Score], Score]] = {
     "another key": lambda s: transpose(s, 5),
-    "slower": lambda s: retimed(s, 2),
-    "faster": lambda s: retimed(s, 0.5),
-    "a quarter slower": lambda s: retimed(s, 1.25),
+    "slower": lambda s: stretched(s, 2),
+    "faster": lambda s: stretched(s, 0.5),
+    "a quarter slower": lambda s: stretched(s, 1.25),
     "no inner voice": lambda s: without(s, 1),
-    "eight": lambda s: ornamented(s, 8),
-    "seven": lambda s: ornamented(s, 7),
-    "all": lambda s: ornamented(transpose(retimed(without(s, 1), 2), -3), 8),
+    "ornament at every 8th": lambda s: ornamented(s, 8),
+    "ornament at every 7th": lambda s: ornamented(s, 7),
+    "all": lambda s: ornamented(transpose(stretched(without(s, 1), 2), -3), 8),
 }
 
 
 @pytest.mark.parametrize("name", DISGUISES)
 def test_a_copy_is_found(index, name):
     "Twenty pieces in disguise; nineteen or all of them are traced to where they come from."
-    found = [index.report(DISGUISES[name](piece(k))) for k in range(20)]
+    reports = [index.report(DISGUISES[name](piece(k))) for k in range(20)]
     traced = [
-        f["piece"] == f"piece {k}" and f["longest_notes"] >= PASSAGE for k, f in enumerate(found)
+        report["piece"] == f"piece {k}" and report["longest_notes"] >= PASSAGE
+        for k, report in enumerate(reports)
     ]
-    assert sum(traced) >= 19, found
+    assert sum(traced) >= 19, reports
 
 
 def test_a_new_piece_is_not_accused(index):
-    found = [index.report(piece(k)) for k in range(1000, 1040)]
-    assert all(f["longest_notes"] < PASSAGE and f["covered"] == 0 for f in found)
+    reports = [index.report(piece(k)) for k in range(1000, 1040)]
+    assert all(r["longest_notes"] < PASSAGE and r["covered"] == 0 for r in reports)
 
 
 def test_no_passage_reaches_from_one_line_into_another():
     "Two halves of a tune, in two parts, are two passages: of the take and of the text."
-    whole = line(np.random.default_rng(3), 48)
+    whole = random_line(np.random.default_rng(3), 48)
     halves = whole[:24] + [[t, 1, *more] for t, _, *more in whole[24:]]
     one, two = (make_score(rows, [Part(40), Part(41)], ticks=24) for rows in (whole, halves))
     for known, take in ((one, two), (two, one)):
@@ -117,38 +117,40 @@ def test_no_passage_reaches_from_one_line_into_another():
 
 
 def test_where_it_lies(index):
-    "The bar, from 1, and the part, from 0, of what was stolen."
-    theft = [[t, 1, *more] for t, _, *more in piece(5).notes[piece(5).notes[:, 1] == 2].tolist()]
-    rows = line(np.random.default_rng(77), 90) + [[t + 4 * 96, *more] for t, *more in theft]
+    "The bar, from 1, and the part, from 0, of what was copied."
+    copied = piece(5).notes[piece(5).notes[:, PART] == 2].tolist()
+    rows = random_line(np.random.default_rng(77), 90)
+    rows += [[t + 4 * 96, 1, *more] for t, _, *more in copied]
     report = index.report(make_score(rows, [Part(40), Part(42)], ticks=24))
     assert (report["piece"], report["at_bar"], report["part"]) == ("piece 5", 5, 1)
 
 
 def test_the_size_of_a_block_changes_nothing(index, monkeypatch):
     take = ornamented(piece(7), 8)
-    wanted = index.report(take)
-    monkeypatch.setattr(originality, "BLOCK", 1000)
+    whole = index.report(take)
+    monkeypatch.setattr(passages, "BLOCK", 1000)
     small = OriginalityIndex(index.text, index.starts, index.names)
-    assert small.report(take) == wanted and len(small._sorted) > 5
+    assert small.report(take) == whole and len(small._blocks) > 5
 
 
-# The yardstick.
+# The baseline.
 
 
-def corpus_of(folder, valid: int, test: int):
-    "A corpus of dice: 60 pieces to learn from, 30 held out, 10 sealed."
+def corpus_of(folder: Path, valid: int, test: int) -> Layout:
+    "A corpus of random pieces: 60 to learn from, 30 held out for validation, 10 for the test."
     seeds = [*range(60), *range(valid, valid + 30), *range(test, test + 10)]
     splits = ["train"] * 60 + ["valid"] * 30 + ["test"] * 10
-    made = (
-        make_piece(piece(seed), Vocab(), f"dice/{k:03d}", "dice") for k, seed in enumerate(seeds)
+    pieces = (
+        make_piece(piece(seed), Vocab(), f"random/{k:03d}", "random")
+        for k, seed in enumerate(seeds)
     )
     layout = Layout(folder)
-    write_corpus(layout, made, splits, ["ours"] * 100, Vocab())
+    write_corpus(layout, pieces, splits, ["ours"] * 100, Vocab())
     return layout
 
 
-def test_the_yardstick_is_the_validation_split(tmp_path):
-    "The sealed pieces do not touch it; copies among the held-out pieces do. The index stays small."
+def test_the_baseline_is_the_validation_split(tmp_path):
+    "Test pieces do not touch it; copies among the validation pieces do. The index stays small."
     one, two, three = (
         corpus_of(tmp_path / name, *seeds)
         for name, seeds in (("one", (500, 800)), ("two", (500, 20)), ("three", (20, 800)))
@@ -161,10 +163,10 @@ def test_the_yardstick_is_the_validation_split(tmp_path):
 
 
 def test_a_draw_is_fair_and_the_same_again(monkeypatch):
-    monkeypatch.setattr(features, "HELD_OUT", 20)
+    monkeypatch.setattr(dataset, "HELD_OUT", 20)
     draws = []
     for _ in range(2):
-        draws.append(features._Draw())
+        draws.append(dataset._Draw())
         for k in range(1000):
             draws[-1].show(k)
     assert draws[0] == draws[1] and len(set(draws[0])) == 20 and 300 < np.mean(draws[0]) < 700
@@ -174,13 +176,10 @@ def test_a_percentile_counts_ties_half(index):
     "Of excerpts that are all alike, half share less than one that is like them."
     known = index.against(piece(k) for k in range(CROWD))
     few = index.against(piece(k) for k in range(CROWD - 1))
-    like = OriginalityIndex(
-        known.text, known.starts, known.names, "", np.tile(known.baseline[:1], (CROWD, 1))
-    )
+    alike = np.tile(known.baseline[:1], (CROWD, 1))
+    like = OriginalityIndex(known.text, known.starts, known.names, "", alike)
     copy = piece(int(np.argmin([index.report(piece(k))["longest_notes"] for k in range(CROWD)])))
-    assert few.report(copy)["percentile"] is None
-    assert like.report(make_score([(0, 0, 60, 24, 80)], [Part(40)], ticks=24))["percentile"] is None
-    assert (
-        like.report(piece(2000))["percentile"] == 0 and known.report(piece(2000))["percentile"] == 0
-    )
+    single = make_score([(0, 0, 60, 24, 80)], [Part(40)], ticks=24)
+    assert few.report(copy)["percentile"] is None is like.report(single)["percentile"]
+    assert like.report(piece(2000))["percentile"] == 0 == known.report(piece(2000))["percentile"]
     assert like.report(copy)["percentile"] == 50

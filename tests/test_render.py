@@ -1,8 +1,10 @@
-"""Seeing, hearing and reading: pictures, samples and sheet music of scores nobody would write."""
+"""Pictures, samples and sheet music of unusual scores."""
 
 import io
+import sys
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from xml.etree import ElementTree
 
 import numpy as np
@@ -11,7 +13,6 @@ import soundfile
 
 from musicgen.core import Rejection
 from musicgen.music import audio as hearing
-from musicgen.music import sheet as sheet_room
 from musicgen.music.audio import AUDIO, PEAK, TAIL, encode_audio, find_soundfont, stems, synthesize
 from musicgen.music.process import WorkerProcess
 from musicgen.music.roll import plot_roll, roll_png
@@ -77,28 +78,28 @@ def test_what_was_played_before_does_not_matter(program):
 
 def test_threads_get_their_own_sound():
     scores = [tune(p, bars=1) for p in (0, 40, 73, 56)]
-    alone, found = [synthesize(s) for s in scores], [None] * 4
+    alone, together = [synthesize(s) for s in scores], [None] * 4
 
     def play(k):
-        found[k] = synthesize(scores[k])
+        together[k] = synthesize(scores[k])
 
     threads = [threading.Thread(target=play, args=(k,)) for k in range(4)]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert all(map(np.array_equal, alone, found))
+    assert all(map(np.array_equal, alone, together))
 
 
-@pytest.mark.parametrize("kept", [0, 4, 5000, 200_000])
-def test_a_broken_soundfont_is_one_sentence(kept, tmp_path):
-    "Cut off at any place it is refused, or what is left of it plays."
+@pytest.mark.parametrize("size", [0, 4, 5000, 200_000])
+def test_a_broken_soundfont_is_one_sentence(size, tmp_path):
+    "Cut off at any place it is rejected, or what is left of it plays."
     broken = tmp_path / "broken.sf2"
-    broken.write_bytes(find_soundfont().read_bytes()[:kept])
+    broken.write_bytes(find_soundfont().read_bytes()[:size])
     try:
         sound = synthesize(tune(), broken)
-    except Rejection as refusal:
-        assert "broken.sf2" in str(refusal) and "\n" not in str(refusal)
+    except Rejection as rejection:
+        assert "broken.sf2" in str(rejection) and "\n" not in str(rejection)
     else:
         assert np.isfinite(sound).all()
     with pytest.raises(Rejection, match="is not a file"):
@@ -135,12 +136,13 @@ def test_stems_add_up_and_know_the_bars():
         bpm=96,
         metre=(3, 4),
     )
-    box = zipfile.ZipFile(io.BytesIO(stems(score, "wav", rate=48000)))
-    assert box.namelist() == [
+    archive = zipfile.ZipFile(io.BytesIO(stems(score, "wav", rate=48000)))
+    assert archive.namelist() == [
         f"0{k + 1}-{name}.wav"
         for k, name in enumerate(("grand-piano", "violin", "violin", "church-organ", "kit"))
     ]
-    sounds = [soundfile.read(io.BytesIO(box.read(n)), dtype="float32") for n in box.namelist()]
+    files = [io.BytesIO(archive.read(name)) for name in archive.namelist()]
+    sounds = [soundfile.read(file, dtype="float32") for file in files]
     assert {(rate, len(x)) for x, rate in sounds} == {
         (48000, round((score.seconds + TAIL) * 48000))
     }
@@ -155,38 +157,45 @@ def test_stems_add_up_and_know_the_bars():
         assert np.array_equal(part.notes[:, [ONSET, PITCH]], rows[:, [ONSET, PITCH]])
 
 
-@pytest.mark.parametrize("bars,parts", [(1, 1), (16, 4), (128, 16)])
+@pytest.mark.parametrize("bars, parts", [(1, 1), (16, 4), (128, 16)])
 def test_a_roll_of_any_size(bars, parts):
     notes = [(480 * k, k % parts, 40 + k * 7 % 50, 400, 90) for k in range(4 * bars)]
     score = make_score(notes, [*range(parts - 1), DRUMS])
     assert roll_png(score, shade_bars=2) == roll_png(score, shade_bars=(1, 2))
     figure = plot_roll(score, dark=True, shade_bars=(bars, bars))
-    assert figure.legends[0].get_texts()[-1].get_text() == (
-        f"bar {bars}" if bars > 1 else "opening"
-    )
-    colours = {
-        tuple(axes.collections[-1].get_facecolors()[k][:3])
-        for axes in figure.axes
-        for k in range(len(axes.collections[-1].get_facecolors()))
-    }
-    assert len(colours) == parts, "one colour per part"
+    legend = figure.legends[0].get_texts()
+    assert legend[-1].get_text() == (f"bar {bars}" if bars > 1 else "opening")
+    rectangles = [axes.collections[-1] for axes in figure.axes]
+    colours = {tuple(face[:3]) for notes in rectangles for face in notes.get_facecolors()}
+    assert len(colours) == parts, "one colour a part"
 
 
-def written(score):
+def test_rolls_drawn_side_by_side_are_the_same():
+    "matplotlib's settings are global; four threads draw SVG and PNG at once."
+    scores = [tune(program, bars=3) for program in (0, 40, 73, 56)]
+    kinds = ["svg", "png", "svg", "pdf"]
+    alone = [roll_png(score, kind=kind) for score, kind in zip(scores, kinds, strict=True)]
+    with ThreadPoolExecutor(4) as pool:
+        together = [pool.submit(roll_png, s, kind=k) for s, k in zip(scores, kinds, strict=True)]
+        assert [picture.result() for picture in together] == alone
+
+
+def quarters(score):
     "Onset, pitch and duration of each note, in quarter notes."
     return sorted((a / score.ticks, p, d / score.ticks) for a, _, p, d, _ in score.notes.tolist())
 
 
 @pytest.mark.parametrize("metre", [(4, 4), (3, 4), (6, 8), (5, 8), (2, 2), (12, 8), (9, 16)])
-def test_sheet_music_says_the_notes(metre):
-    "Voices, chords, ties over bar lines, triplets, all keys: read back, every note is where it was."
+def test_sheet_music_has_the_notes(metre):
+    "Voices, chords, ties, triplets, all keys: read back, every note is where it was."
     pytest.importorskip("music21")
     from musicgen.music.notation import read_musicxml
 
     rng, eighth = np.random.default_rng(sum(metre)), 240
+    pitches, lengths = rng.permutation(40), rng.integers(1, 4, 40)
     rows = [
-        (eighth * int(k), 0, 48 + int(p), eighth * int(d), 80)
-        for k, p, d in zip(np.arange(40), rng.permutation(40), rng.integers(1, 4, 40), strict=True)
+        (eighth * k, 0, 48 + int(p), eighth * int(d), 80)
+        for k, (p, d) in enumerate(zip(pitches, lengths, strict=True))
     ]
     rows += [
         (eighth * k, 1, p + k % 3, eighth * 3, 80) for k in range(0, 40, 4) for p in (60, 64, 67)
@@ -196,11 +205,11 @@ def test_sheet_music_says_the_notes(metre):
     score = make_score(rows, [40, 71], bpm=90, metre=metre, keys=[(0, int(rng.integers(-6, 7)), 0)])
     back = read_musicxml(sheet(score))
     assert back.metre == metre and round(back.bpm) == 90 and back.keys[0, 1] == score.keys[0, 1]
-    assert written(back) == written(score)
+    assert quarters(back) == quarters(score)
 
 
-def test_sheet_music_of_odd_scores():
-    "Silence, a crowd in one part, two hands, a kit with drums nobody knows, a change of metre and key."
+def test_sheet_music_of_unusual_scores():
+    "Silence, crowded voices, two staves, a kit of unknown drums, a change of metre and of key."
     pytest.importorskip("music21")
     rng = np.random.default_rng(0)
     crowd = [
@@ -208,20 +217,20 @@ def test_sheet_music_of_odd_scores():
         for a, p, d in rng.integers((0, 0, 1), (60, 128, 20), (120, 3))
     ]
     kit = [(120 * k, 1, 27 + k % 60, 60, 90) for k in range(64)]
-    odd = make_score(
+    unusual = make_score(
         crowd + kit,
         [Part(0, "<&> \x01"), DRUMS],
         metres=[(0, 7, 8), (3360, 3, 4)],
         keys=[(0, -7, 1), (3360, 7, 0)],
         tempos=[(0, 500000), (3360, 400000)],
     )
-    for score in (odd, odd.header, make_score([(0, 0, 60, 1, 1)])):
+    for score in (unusual, unusual.header, make_score([(0, 0, 60, 1, 1)])):
         xml = sheet(score)
         assert xml == sheet(score)
         root = ElementTree.fromstring(xml)
         assert len(root.findall("part")) == len(score.parts)
         assert len({len(part) for part in root.findall("part")}) == 1, "as many bars in every part"
-    root = ElementTree.fromstring(sheet(odd))
+    root = ElementTree.fromstring(sheet(unusual))
     assert root.find("part/measure/attributes/staves").text == "2"
     assert "percussion" in {e.text for e in root.iter("sign")}
     assert {int(e.text) - 1 for e in root.iter("midi-unpitched")} == {p for _, _, p, *_ in kit}
@@ -233,7 +242,11 @@ def test_sheet_music_as_a_picture():
     assert ElementTree.fromstring(picture).tag.endswith("svg") and picture == sheet(tune(), "svg")
 
 
-def test_sheet_music_without_its_library(monkeypatch):
-    monkeypatch.setattr(sheet_room.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(Rejection, match=r'music21: pip install "musicgen\[sheet\]"'):
-        sheet(tune())
+@pytest.mark.parametrize("library, kind", [("music21", "musicxml"), ("verovio", "svg")])
+def test_sheet_music_without_its_library(monkeypatch, library, kind):
+    "A module that is None in `sys.modules` cannot be imported."
+    if library == "verovio":
+        pytest.importorskip("music21")
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(Rejection, match=rf'needs {library}: pip install "musicgen\[sheet\]"'):
+        sheet(tune(), kind)
