@@ -33,14 +33,18 @@ from musicgen.evaluation.adherence import (
 )
 from .evaluation.baselines import likelihood, rounded
 from .generation.generate import LoadedModel, generate, open_model, read_model
-from .model.context import Piece, make_piece, model_hash
-from .model.lstm import MusicLSTM, load_model
-from .model.trainer import loss_on
+from .model.files import load_model
+from .model.loss import loss_on
+from .model.lstm import MusicLSTM
+from .model.piece import Piece, make_piece
+from .model.weights import model_hash
 from .music.audio import encode_audio, synthesize
-from .music.metrics import MEASURES, compare, density_curve, find_key, measures
+from .music.comparison import compare, density_curve
+from .music.keys import find_key
+from .music.metrics import MEASURES, measures
+from .music.originality import OriginalityIndex
 from .music.roll import caption, roll_png
 from .music.score import DURATION, ONSET, Score, on_grid, read_midi, write_midi
-from .music.similarity import OriginalityIndex
 from .music.tokens import FIELDS, Vocab, decode
 from .train import find_model, plot_history
 

@@ -19,7 +19,7 @@ import numpy as np
 from .core import Layout, Rejection, map_in_processes
 from .corpus.dataset import PackedPiece, pack_piece, staging_folder, write_packed
 from .corpus.scan import ACCEPTED, scan_rows
-from .model.context import make_piece
+from .model.piece import make_piece
 from .music.score import read_midi
 from .music.tokens import Vocab
 

@@ -28,7 +28,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 
 from . import __version__
-from .app.jobs import EXTENSIONS, JSON, MIDI, ZIP, Job, JobResult, Stop, WorkerPool
+from .app.jobs import EXTENSIONS, JSON, MIDI, ZIP, Job, JobResult, WorkerPool
 from musicgen.app.middleware import (
     ApiMetrics,
     ApiMiddleware,
@@ -40,7 +40,8 @@ from .core import Layout, Rejection, read_settings
 from .generation.generate import LoadedModel, ModelMissing, Stopped, open_model
 from .generation.receipt import verify
 from .generation.request import Request, instruments
-from .model.decoder import numeric_path
+from .model.precision import numeric_path
+from .music.process import Stop
 
 # %% ../nbs/08_serve.ipynb #a4521d3e
 _KINDS = dict(list=list[str | int], int=int, float=float, str=str, midi=str, range=list[int])

@@ -14,8 +14,9 @@ from .evaluate import headline, open_trained, tuned_words, write_page
 from .evaluation.adherence import PROMISES, make_takes, promises_kept, requests_like
 from .evaluation.baselines import likelihood
 from .generation.generate import LoadedModel
-from .model.context import model_hash
-from .model.lstm import MusicLSTM, load_model
+from .model.files import load_model
+from .model.lstm import MusicLSTM
+from .model.weights import model_hash
 
 # %% ../nbs/07_test.ipynb #baa0eeff
 GATES = dict(  # name: (sign, what is measured)

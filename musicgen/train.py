@@ -20,10 +20,13 @@ import torch
 from . import __version__
 from .core import SHIPPED_MODEL, Layout, Rejection, open_root, write_atomic
 from .corpus.dataset import Corpus
-from .model.context import CONTROLS, model_hash
-from .model.lstm import MusicLSTM, MusicLSTMConfig, load_model, save_model
+from .model.files import load_model, save_model
+from .model.loss import loss_on, validation_loss
+from .model.lstm import MusicLSTM, MusicLSTMConfig
+from .model.piece import CONTROLS
 from .model.sampler import Augment, Sampler
-from .model.trainer import TrainingSettings, fit, loss_on, process_rank, validation_loss
+from .model.trainer import TrainingSettings, fit, process_rank
+from .model.weights import model_hash
 from .tune import read_best, tune
 
 # %% ../nbs/05_train.ipynb #6bac4730

@@ -60,7 +60,8 @@ def write_untrained(layout: Layout, seed: int = 0):
     "A model that has learnt nothing, and has loud opinions."
     import torch
 
-    from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig, save_model
+    from musicgen.model.files import save_model
+    from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig
 
     torch.manual_seed(seed)
     model = MusicLSTM(MusicLSTMConfig(hidden=32, head=16, sources=("lesson",)))

@@ -5,16 +5,10 @@ import pytest
 
 from musicgen.evaluation.adherence import _relation, key_agreement, varied_requests
 from musicgen.evaluation.baselines import KINDS, _apart, _gain, _means, _players
-from musicgen.model.context import make_piece
-from musicgen.music.metrics import (
-    KEYS,
-    MEASURES,
-    _divergence,
-    _overlap,
-    compare,
-    find_key,
-    measures,
-)
+from musicgen.model.piece import make_piece
+from musicgen.music.comparison import compare, divergence, overlap
+from musicgen.music.keys import KEYS, find_key
+from musicgen.music.metrics import MEASURES, measures
 from musicgen.music.score import DRUMS, Part, make_score, transpose
 from musicgen.music.tokens import Vocab
 
@@ -142,7 +136,7 @@ def test_a_comparison_is_finite_whatever_the_values():
     ]
     for a in sets:
         for b in sets:
-            kl, area = _divergence(a, b), _overlap(a, b)
+            kl, area = divergence(a, b), overlap(a, b)
             assert np.isfinite(kl) and 0 <= kl < 12.91 and 0 <= area <= 1 + 1e-9
             if a is b:
                 assert kl == 0 and area == pytest.approx(1)

@@ -29,13 +29,14 @@ from musicgen.core import Layout, Rejection, read_settings, write_atomic
 from musicgen.corpus.dataset import Corpus, write_corpus
 from musicgen.corpus.download import Source, download
 from musicgen.corpus.readers import scan_files
+from musicgen.corpus.scan import read_scan, scan_rows
 from musicgen.features import write_features
 from musicgen.ingest import ingest
-from musicgen.model.context import make_piece
+from musicgen.model.piece import make_piece
 from musicgen.music.process import Stop, WorkerDied, WorkerProcess, WorkerTimeout
 from musicgen.music.score import DRUMS, make_score, read_midi, write_midi
 from musicgen.music.tokens import Vocab
-from musicgen.preprocess import preprocess, read_scan, scan_rows
+from musicgen.preprocess import preprocess
 
 posix = pytest.mark.skipif(os.name != "posix", reason="a limit or signal of POSIX")
 
@@ -225,7 +226,7 @@ def test_killed_while_it_scans(root, tmp_path):
 
 
 @posix
-@pytest.mark.parametrize("moment", ["find_clusters", "_write_table", "_Journal.close"])
+@pytest.mark.parametrize("moment", ["find_clusters", "write_scan", "Journal.close"])
 def test_killed_after_the_files_are_read(root, moment):
     "All files are read, and the table is not there: the next run reads none of them again."
     write_tunes(root.raw / "mine", 12)
@@ -237,7 +238,7 @@ def test_killed_after_the_files_are_read(root, moment):
     process = start(code, root.root)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    assert root.scan.exists() == (moment == "_Journal.close")
+    assert root.scan.exists() == (moment == "Journal.close")
     process = start(SCAN, root.root, 1)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
@@ -525,7 +526,8 @@ def untrained(tmp_path_factory) -> Layout:
     "A root with a small model that has learnt nothing."
     import torch
 
-    from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig, save_model
+    from musicgen.model.files import save_model
+    from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig
 
     layout = Layout(tmp_path_factory.mktemp("untrained"))
     torch.manual_seed(0)
@@ -918,7 +920,7 @@ class Payload:
 def test_a_pickled_model_is_rejected_and_not_run(untrained, tmp_path, form):
     import torch
 
-    from musicgen.model.lstm import load_model
+    from musicgen.model.files import load_model
 
     path, mark = tmp_path / "music_lstm.pt", tmp_path / "executed"
     if form == "torch":
@@ -937,7 +939,7 @@ def test_a_pickled_model_is_rejected_and_not_run(untrained, tmp_path, form):
 def test_a_damaged_checkpoint_is_rejected(untrained, tmp_path):
     import torch
 
-    from musicgen.model.lstm import load_model
+    from musicgen.model.files import load_model
 
     data, path = untrained.model.read_bytes(), tmp_path / "music_lstm.pt"
     other = io.BytesIO()
@@ -983,7 +985,7 @@ def test_weights_that_do_not_fit_their_description(untrained, tmp_path):
     from safetensors.numpy import save
 
     from musicgen.generation.generate import open_model
-    from musicgen.model.decoder import read_weights
+    from musicgen.model.weights import read_weights
 
     weights, about = read_weights(untrained.weights)
     here, name = Layout(tmp_path), "parts.weight"

@@ -14,12 +14,13 @@ import pytest
 from musicgen import features
 from musicgen.core import Layout, Rejection, write_atomic
 from musicgen.corpus.dataset import Corpus, write_corpus
+from musicgen.corpus.scan import scan_rows
 from musicgen.features import write_features
-from musicgen.model.context import make_piece
+from musicgen.model.piece import make_piece
+from musicgen.music.originality import OriginalityIndex
 from musicgen.music.score import Part, make_score, read_midi, write_midi
-from musicgen.music.similarity import OriginalityIndex
 from musicgen.music.tokens import Vocab
-from musicgen.preprocess import preprocess, scan_rows
+from musicgen.preprocess import preprocess
 
 posix = pytest.mark.skipif(os.name != "posix", reason="a limit or signal of POSIX")
 DONE = ("corpus", "index", "vocab", "originality")

@@ -398,7 +398,8 @@ def untrained(folder, seed: int):
     "A studio whose model has learnt nothing."
     import torch
 
-    from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig, save_model
+    from musicgen.model.files import save_model
+    from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig
 
     layout = Layout(folder / str(seed))
     torch.manual_seed(seed)

@@ -15,7 +15,8 @@ def untrained(tmp_path_factory) -> Layout:
     "A root that holds nothing but a small model that has learnt nothing."
     import torch
 
-    from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig, save_model
+    from musicgen.model.files import save_model
+    from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig
 
     layout = Layout(tmp_path_factory.mktemp("a root"))
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ import pytest
 from musicgen.core import Layout
 from musicgen.corpus import dataset
 from musicgen.corpus.dataset import write_corpus
-from musicgen.model.context import make_piece
+from musicgen.model.piece import make_piece
 from musicgen.music import passages
 from musicgen.music.originality import CROWD, PASSAGE, OriginalityIndex
 from musicgen.music.score import DURATION, ONSET, PART, Part, Score, make_score, transpose

@@ -8,7 +8,8 @@ from musicgen.bench.promises import broken, promises, song, wish
 from musicgen.core import SHIPPED_MODEL, Layout
 from musicgen.generation.generate import generate, read_model
 from musicgen.generation.request import Request
-from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig, save_model
+from musicgen.model.files import save_model
+from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig
 from musicgen.music.score import write_midi
 
 

@@ -47,7 +47,8 @@ def home(tmp_path_factory):
     "A root with a model of random weights, and the environment of a shell that stands beside it."
     import torch
 
-    from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig, save_model
+    from musicgen.model.files import save_model
+    from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig
 
     root = tmp_path_factory.mktemp("my model")
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import yaml
 
-from musicgen.app.services import Service, service_processes, down, up
+from musicgen.app.services import Service, down, service_processes, up
 from musicgen.core import Layout, Rejection
 from musicgen.music.score import read_midi
 

@@ -30,8 +30,9 @@ import numpy as np
 from ..core import SHIPPED_MODEL, Layout, Rejection, open_root, sandbox, write_atomic
 from ..generation.generate import LoadedModel, generate, read_model
 from ..generation.request import Request
-from ..model.context import STEP_COLUMNS
-from ..model.decoder import Decoder, numeric_path
+from ..model.columns import STEP_COLUMNS
+from ..model.decoder import Decoder
+from ..model.precision import numeric_path
 from ..music.audio import encode_audio, synthesize
 from ..music.score import DURATION, ONSET, Score, grid_loss, read_midi, transpose, write_midi
 from ..music.tokens import Vocab, encode
@@ -323,9 +324,10 @@ def _batch_figures(layout: Layout, steps: int = 40) -> list[Figure]:
     if not layout.index.exists():
         return [Figure(name, None, "", "<= 0.01", "this root has no features")]
     from musicgen.corpus.dataset import Corpus
+    from musicgen.model.batch import prefetch, stream_batches
+    from musicgen.model.loss import single_threaded
     from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig
-    from musicgen.model.sampler import Augment, Sampler, prefetch, stream_batches
-    from musicgen.model.trainer import single_threaded
+    from musicgen.model.sampler import Augment, Sampler
 
     corpus = Corpus(layout)
     model = MusicLSTM(MusicLSTMConfig(vocab=corpus.vocab, sources=corpus.sources))
@@ -408,16 +410,11 @@ def _training_figures(layout: Layout, seconds: float, rounds: int = 5) -> list[F
     import torch
 
     from musicgen.corpus.dataset import Corpus
+    from musicgen.model.batch import stream_batches
+    from musicgen.model.loss import single_threaded, single_threaded_pool, validation_loss
     from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig
-    from musicgen.model.sampler import Augment, Sampler, stream_batches
-    from musicgen.model.trainer import (
-        TrainingRun,
-        TrainingSettings,
-        fit,
-        single_threaded,
-        single_threaded_pool,
-        validation_loss,
-    )
+    from musicgen.model.sampler import Augment, Sampler
+    from musicgen.model.trainer import TrainingRun, TrainingSettings, fit
 
     corpus = Corpus(layout)
     config = MusicLSTMConfig(vocab=corpus.vocab, sources=corpus.sources)
@@ -554,7 +551,7 @@ class _Stepped:
 
 def _naive(studio: LoadedModel) -> LoadedModel:
     "The studio, played by its torch model."
-    from musicgen.model.lstm import load_model
+    from musicgen.model.files import load_model
 
     other = replace(studio)
     other._decoders = dict(fp32=_Stepped(load_model(studio.path)[0]))
@@ -608,7 +605,7 @@ def _step_figures(studio: LoadedModel, rounds: int, steps: int = 40) -> list[Fig
     "One step of the decoder, beside nn.LSTM, beside the products alone, and beside a Transformer with a cache."
     from threadpoolctl import threadpool_limits
 
-    from musicgen.model.trainer import single_threaded
+    from musicgen.model.loss import single_threaded
 
     dice, decoder, naive = np.random.default_rng(0), studio.decoder(), _naive(studio).decoder()
     told, step = np.array([1250, 1260]), _some_step(decoder.folded.tables, dice, 1)
@@ -698,7 +695,7 @@ def _take_figures(studio: LoadedModel, rounds: int, bars: int = 16) -> list[Figu
     play = lambda request, by=studio: lambda: generate(by, request)
     heard = lambda: encode_audio(synthesize(generate(studio, one)[0].score))
     heard()  # the player's process stands ready, as it does behind every door
-    from musicgen.model.trainer import single_threaded
+    from musicgen.model.loss import single_threaded
 
     with single_threaded():  # torch's threads wait for each other where others play
         laps = time_pairs(

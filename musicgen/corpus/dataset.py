@@ -24,10 +24,10 @@ import numpy as np
 
 from ..core import Layout, Rejection, write_atomic
 from .duplicates import assign_splits
-from ..model.context import Piece, make_piece
+from ..model.piece import Piece, make_piece
 from ..music.notation import example_scores
+from ..music.originality import OriginalityIndex, piece_text
 from ..music.score import Part, Score, excerpt, make_score, on_grid
-from ..music.similarity import OriginalityIndex, piece_text
 from ..music.tokens import Vocab, decode
 
 # %% ../../nbs/corpus/04_dataset.ipynb #ff77a05d

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import Rejection, map_in_processes, read_settings
-from ..music.metrics import find_key
+from ..music.keys import find_key
 from ..music.process import Stop, WorkerDied, WorkerProcess, WorkerTimeout
 from ..music.score import DURATION, MAX_FILE, ONSET, Score, read_midi
 from ..music.similarity import fingerprint

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..core import Layout, Rejection
 from .duplicates import SPLITS
-from ..music.metrics import KEYS
+from ..music.keys import KEYS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,8 +15,9 @@ from ..core import Rejection
 from .baselines import Baselines, read_pieces, rounded
 from ..generation.generate import LoadedModel, Take, generate
 from ..generation.request import Request
-from ..model.context import Piece, make_piece
-from ..music.metrics import KEYS, density, find_key, parse_key
+from ..model.piece import Piece, make_piece
+from ..music.keys import KEYS, find_key, parse_key
+from ..music.metrics import density
 from ..music.score import GM, PART, Part, lint, read_midi
 from ..music.tokens import Vocab
 

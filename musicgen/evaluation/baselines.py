@@ -12,16 +12,11 @@ import numpy as np
 
 from ..core import Rejection
 from ..corpus.dataset import Corpus
-from musicgen.model.context import (
-    Piece,
-    context_features,
-    controls,
-    last_row_of_parts,
-    to_canonical_key,
-)
+from ..model.context import context_features, last_row_of_parts
+from ..model.loss import losses_on
 from ..model.lstm import MusicLSTM
-from ..model.trainer import losses_on
-from ..music.metrics import KEYS
+from ..model.piece import Piece, controls, to_canonical_key
+from ..music.keys import KEYS
 from ..music.score import DRUMS, DURATION, FAMILIES, PART, PITCH, VELOCITY, on_grid
 from ..music.tokens import FIELDS, SHIFT, Vocab, onsets_of
 

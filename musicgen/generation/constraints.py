@@ -9,7 +9,7 @@ __all__ = ['BUSY_BAR', 'KEY_LEAD', 'KEY_PULL', 'allowed_shifts', 'allowed_parts'
 import numpy as np
 
 from .state import EnsembleState
-from ..music.metrics import KEY_PROFILES, KEYS
+from ..music.keys import KEY_PROFILES, KEYS
 from ..music.score import PITCHES
 
 # %% ../../nbs/generation/02_constraints.ipynb #249ff8da

@@ -31,9 +31,15 @@ from musicgen.generation.state import (
     opening_rows,
     part_features,
 )
-from ..model.context import RECALL_VALUE, Tables, controls, matching_recall
-from ..model.decoder import Decoder, GuidedDecoder, numeric_path, read_weights, sample_value
-from ..music.metrics import KEYS, density, find_key, flaws
+from ..model.choice import sample_value
+from ..model.decoder import Decoder, GuidedDecoder
+from ..model.ids import RECALL_VALUE, Tables, matching_recall
+from ..model.piece import controls
+from ..model.precision import numeric_path
+from ..model.weights import read_weights
+from ..music.keys import KEYS, find_key
+from ..music.metrics import density, flaws
+from ..music.originality import OriginalityIndex
 from musicgen.music.score import (
     DURATION,
     ONSET,
@@ -52,7 +58,6 @@ from musicgen.music.score import (
     velocity_of,
     write_midi,
 )
-from ..music.similarity import OriginalityIndex
 from ..music.smf import TICKS
 from ..music.tokens import FIELDS, SHIFT, Vocab, onsets_of
 

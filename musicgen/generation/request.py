@@ -15,8 +15,8 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 import numpy as np
 
 from ..core import Rejection
-from ..model.decoder import PRECISIONS
-from ..music.metrics import KEYS, parse_key
+from ..model.precision import PRECISIONS
+from ..music.keys import KEYS, parse_key
 from musicgen.music.score import (
     DRUMS,
     FAMILIES,

@@ -13,18 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from .request import EARLY, Request, opening_bar_lines
-from musicgen.model.context import (
-    BARS_LEFT,
-    BEATS,
-    NO_PART,
-    NO_PITCH,
-    ensemble,
-    part_states,
-    recalled_part,
-    transposition_of,
-)
+from ..model.columns import BARS_LEFT, BEATS, NO_PART, NO_PITCH
+from ..model.context import part_states
+from ..model.ids import recalled_part
+from ..model.piece import ensemble, transposition_of
 from ..model.recall import RecallState
-from ..music.metrics import KEYS, find_key, parse_key
+from ..music.keys import KEYS, find_key, parse_key
 from musicgen.music.score import (
     DRUMS,
     DURATION,

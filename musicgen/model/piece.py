@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..music.metrics import KEYS, density, find_key
+from ..music.keys import KEYS, find_key
+from ..music.metrics import density
 from ..music.score import DURATION, PART, PITCH, PITCHES, Part, Score
 from ..music.tokens import Vocab, encode
 

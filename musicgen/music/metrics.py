@@ -186,17 +186,3 @@ def flaws(score: Score) -> list[str]:
             name = score.parts[part].instrument
             phrases.append(f"the {name} plays one pitch {len(pitches)} times")
     return phrases
-
-# %% ../../nbs/music/16_metrics.ipynb #5a1a5a1a
-def __getattr__(name: str):
-    "Names that stand elsewhere now; removed when all imports are changed."
-    import importlib
-
-    for module, names in dict(
-        keys="KEYS KEY_PROFILES find_key parse_key",
-        comparison="compare density_curve _overlap _divergence",
-    ).items():
-        if name in names.split():
-            found = vars(importlib.import_module(f"musicgen.music.{module}"))
-            return found[name.removeprefix("_") if name in ("_overlap", "_divergence") else name]
-    raise AttributeError(name)

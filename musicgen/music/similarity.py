@@ -68,12 +68,3 @@ def similarity(
     if max(len(a), len(b)) == SKETCH:
         sample = sample[:SKETCH]
     return float(np.mean(np.isin(sample, a) & np.isin(sample, b)))
-
-# %% ../../nbs/music/13_similarity.ipynb #5a1a5a1a
-def __getattr__(name: str):
-    "Names that stand elsewhere now; removed when all imports are changed."
-    import importlib
-
-    if name in ("OriginalityIndex", "piece_text", "PASSAGE", "CROWD"):
-        return vars(importlib.import_module("musicgen.music.originality"))[name]
-    raise AttributeError(name)
