@@ -190,7 +190,7 @@ def _convert(source: Source, job: tuple) -> bytes | str:
             return write_midi(read_tune(what, ensemble or ("Violin",)))
         if reader == "groove":
             hand = np.random.default_rng(list(what.stem.encode()))
-            return write_midi(read_groove(what.read_text("utf-8"), what.name, hand=hand))
+            return write_midi(read_groove(what.read_text("utf-8"), what.name, rng=hand))
         tempo = source.tempo or 100
         return write_midi(read_musicxml(what.read_bytes(), ensemble, source.voices, tempo))
     except (Rejection, OSError) as e:
