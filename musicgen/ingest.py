@@ -167,14 +167,14 @@ def _why_none(source: Source, left_out: list[str], others: list[str]) -> str:
 
 # %% ../nbs/01_ingest.ipynb #a1010008
 def _make_folder(
-    found: SourceFiles, files: Files, others: list[str], key: str, layout: Layout, **how: int
+    listed: SourceFiles, files: Files, others: list[str], key: str, layout: Layout, **how: int
 ) -> dict:
     "Makes the folder of a source anew: its stamp. `how`: limit and workers of `_write_pieces`."
-    source, part = found.source, layout.raw / f".{found.source.name}.part"
+    source, part = listed.source, layout.raw / f".{listed.source.name}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     rows, left_out = _write_pieces(source, list_jobs(source, files), part, **how)
-    left_out = [*found.left_out, *left_out]
+    left_out = [*listed.left_out, *left_out]
     if not rows:
         reason = _why_none(source, left_out, others)
         raise Rejection(f"the source {source.name!r} gave no piece: {reason}")
@@ -203,11 +203,11 @@ def _report(name: str, stamp: dict, others: list[str], is_new: bool, seconds: fl
 def _ingest_source(source: Source, layout: Layout, limit: int, workers: int) -> dict:
     "Makes the folder of a source, or keeps it when its stamp fits. The row of `_report`."
     start = time.monotonic()
-    found = find_files(source, layout)
-    files, others = choose_files(found)
-    key, stamp = _stamp_key(found.source, files, limit), _read_stamp(layout.raw / source.name)
+    listed = find_files(source, layout)
+    files, others = choose_files(listed)
+    key, stamp = _stamp_key(listed.source, files, limit), _read_stamp(layout.raw / source.name)
     if is_new := stamp.get("key") != key:
-        stamp = _make_folder(found, files, others, key, layout, limit=limit, workers=workers)
+        stamp = _make_folder(listed, files, others, key, layout, limit=limit, workers=workers)
     return _report(source.name, stamp, others, is_new, time.monotonic() - start)
 
 # %% ../nbs/01_ingest.ipynb #94e08a48
