@@ -157,6 +157,7 @@ def _outcomes(ax: "Axes", scan: "pd.DataFrame"):
         ax.barh(range(len(names)), counts, left=left, color=colour, label=outcome)
         left = left + np.array(counts, int)
     ax.set_yticks(range(len(names)), names)
+    cast(Any, ax.xaxis.get_major_locator()).set_params(integer=True)
     ax.set_ylim(max(len(names), 5) - 0.4, -0.6)
     small = dict(fontsize=7, frameon=False, ncols=4, handlelength=0.8, columnspacing=1)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), **small)
