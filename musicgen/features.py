@@ -7,17 +7,21 @@ __all__ = ['BATCH', 'FEW', 'NEEDED', 'write_features']
 
 # %% ../nbs/03_features.ipynb #3b0c5af4
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .core import Layout, Rejection, map_in_processes
-from .corpus.dataset import PackedPiece, pack_piece, staging_folder, write_packed
+from musicgen.corpus.dataset import (
+    PackedPiece,
+    npy_header,
+    pack_piece,
+    staging_folder,
+    write_packed,
+)
 from .corpus.scan import ACCEPTED, scan_rows
 from .model.piece import make_piece
 from .music.score import read_midi
@@ -50,7 +54,7 @@ def _pack_file(row: dict[str, str], raw: Path, tokens: Path, vocab: Vocab) -> Pa
         raise Rejection(f"{row['path']}: {e.sentence}") from None
     path = tokens / f"{name}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, piece.rows)
+    path.write_bytes(npy_header(len(piece.rows)) + piece.rows.tobytes())  # faster than np.save
     packed = pack_piece(piece, row["split"], row["licence"], vocab, score)
     return packed._replace(seconds=float(row["seconds"]))
 
@@ -77,7 +81,7 @@ def _batches(items: Iterable, size: int) -> Iterator[list]:
     return iter(lambda: list(islice(items, size)), [])
 
 # %% ../nbs/03_features.ipynb #72a14da1
-def _flatten(batches: Iterator[list]) -> Iterator:
+def _flatten(batches: Iterator[list]) -> Generator[Any, None, None]:
     "The items of all batches. When this generator is closed, it closes the batches."
     try:
         for batch in batches:

@@ -114,7 +114,7 @@ def _read_all(
     todo, start = np.flatnonzero(places == 0).tolist(), time.monotonic()
     printed, files = start, (f"{layout.raw}{os.sep}{paths[k]}" for k in todo)
     for k, (path, row) in enumerate(scan_files(files, workers, timeout), 1):
-        row.setdefault("sha256", file_hash(path))  # a reader that died has not said it
+        row.setdefault("sha256", file_hash(path))  # a reader that died gave none
         name = Path(path).relative_to(layout.raw).as_posix()
         places[bisect_left(paths, name)] = journal.add(row)
         if time.monotonic() - printed > 2 or k == len(todo):

@@ -145,11 +145,11 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
 
 # %% ../../nbs/corpus/06_conversion.ipynb #b311d840
 def choose_files(
-    found: SourceFiles,
+    listed: SourceFiles,
 ) -> tuple[Files, list[str]]:  # both in the order of names
     "The files that a source takes, and the printable names of those that it leaves alone."
-    source, files, others = found.source, [], list(found.others)
-    for name, path in found.files:
+    source, files, others = listed.source, [], list(listed.others)
+    for name, path in listed.files:
         if _matches(name, source.leave_out) or PurePosixPath(name).name.startswith("."):
             continue
         is_midi = name.casefold().endswith(MIDI)

@@ -376,10 +376,10 @@ def _retry_after(error: BaseException | None) -> float:
     "The seconds that a server asks to wait; 0 when it does not."
     text = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
     try:
-        asked = float(text) if text.isdecimal() else _seconds_until(text)
+        seconds = float(text) if text.isdecimal() else _seconds_until(text)
     except (TypeError, ValueError):
         return 0.0
-    return min(max(asked, 0.0), PATIENCE)
+    return min(max(seconds, 0.0), PATIENCE)
 
 
 def _seconds_until(date: str) -> float:

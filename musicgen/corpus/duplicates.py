@@ -44,7 +44,7 @@ BLOCK = 4096  # rows that are read together
 
 
 class _Reordered:
-    "_Rows of a matrix in another order, copied when they are asked for."
+    "Rows of a matrix in another order, copied when they are asked for."
 
     def __init__(self, rows: np.ndarray, order: np.ndarray):
         self.rows, self.order = rows, order

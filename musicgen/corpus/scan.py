@@ -118,7 +118,7 @@ def _bars(ax: "Axes", title: str, counts: list[tuple[str, int]]):
     ax.barh(range(len(counts)), [number for _, number in counts], color=BLUE)
     ax.set_yticks(range(len(counts)), [name for name, _ in counts])
     ax.set_ylim(max(len(counts), 5) - 0.4, -0.6)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    cast(Any, ax.xaxis.get_major_locator()).set_params(integer=True)
     ax.set_title(title, fontsize=9)
 
 # %% ../../nbs/corpus/08_scan.ipynb #78e73309
@@ -137,7 +137,7 @@ def _keys(ax: "Axes", counts: Counter):
         ax.bar(range(12), [sign * counts[KEYS[tonic + offset]] for tonic in fifths], color=colour)
     ax.set_xticks(range(12), [KEYS[tonic].split()[0] for tonic in fifths])
     ax.axhline(0, color="black", lw=0.6)
-    ax.yaxis.get_major_locator().set_params(integer=True)
+    cast(Any, ax.yaxis.get_major_locator()).set_params(integer=True)
     ax.yaxis.set_major_formatter(lambda count, _: f"{abs(count):g}")
     ax.set_title("keys: major above, minor below", fontsize=9)
 
@@ -157,6 +157,7 @@ def _outcomes(ax: "Axes", scan: "pd.DataFrame"):
         ax.barh(range(len(names)), counts, left=left, color=colour, label=outcome)
         left = left + np.array(counts, int)
     ax.set_yticks(range(len(names)), names)
+    cast(Any, ax.xaxis.get_major_locator()).set_params(integer=True)
     ax.set_ylim(max(len(names), 5) - 0.4, -0.6)
     small = dict(fontsize=7, frameon=False, ncols=4, handlelength=0.8, columnspacing=1)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), **small)
