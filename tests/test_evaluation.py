@@ -3,19 +3,19 @@
 import numpy as np
 import pytest
 
-from musicgen.evaluation.adherence import _relation, key_agreement, varied_requests
-from musicgen.evaluation.baselines import KINDS, _apart, _gain, _means, _players
-from musicgen.model.piece import make_piece
-from musicgen.music.comparison import compare, divergence, overlap
-from musicgen.music.keys import KEYS, find_key
-from musicgen.music.metrics import MEASURES, measures
+from musicgen.evaluation.adherence import key_agreement, key_relation
+from musicgen.evaluation.baselines import bootstrap_means
+from musicgen.evaluation.likelihood import KINDS, gain_per_note, kinds_of_rows, sum_by_kind
+from musicgen.evaluation.takes import varied_requests
+from musicgen.model.context import make_piece
+from musicgen.music.metrics import KEYS, MEASURES, compare, find_key, measures
 from musicgen.music.score import DRUMS, Part, make_score, transpose
 from musicgen.music.tokens import Vocab
 
-BAND = (Part(0), Part(40), Part(DRUMS))
+TRIO = (Part(0), Part(40), Part(DRUMS))
 
-# Notes as (onset, part, pitch, duration), 16 ticks to the quarter, in 4/4. The parts are those of BAND. No note
-# ends on a beat, and no piece on a bar line: there muspy counts one beat, or one bar, more than we do.
+# Notes as (onset, part, pitch, duration), 16 ticks to the quarter, in 4/4, for the parts of TRIO.
+# No note ends on a beat, and no piece on a bar line: there muspy counts one beat, or one bar, more.
 SCORES = dict(
     tune=[
         (0, 0, 72, 15),
@@ -54,8 +54,9 @@ SCORES = dict(
     holes=[(0, 0, 61, 5), (70, 0, 66, 9), (150, 1, 30, 20), (250, 0, 90, 4)],
 )
 
-# Computed by muspy 0.5.0 from the same notes at resolution=16, drum tracks with is_drum=True: muspy.pitch_class_entropy,
-# scale_consistency, pitch_range, polyphony, empty_beat_rate, and groove_consistency with measure_resolution=64.
+# Computed by muspy 0.5.0 from the same notes at resolution=16, drum tracks with is_drum=True:
+# muspy.pitch_class_entropy, scale_consistency, pitch_range, polyphony, empty_beat_rate, and
+# groove_consistency with measure_resolution=64.
 MUSPY = dict(
     tune=dict(
         pitch_class_entropy=2.231270,
@@ -100,109 +101,100 @@ MUSPY = dict(
 )
 
 
-def made(notes):
-    return make_score([(*note, 80) for note in notes], BAND, ticks=16)
+def score_of(notes):
+    "A score of (onset, part, pitch, duration), all notes of velocity 80."
+    return make_score([(*note, 80) for note in notes], TRIO, ticks=16)
 
 
 @pytest.mark.parametrize("name", SCORES)
 def test_measures_are_those_of_muspy(name):
-    ours = measures(made(SCORES[name]))
+    ours = measures(score_of(SCORES[name]))
     assert {k: ours[k] for k in MUSPY[name]} == pytest.approx(MUSPY[name], abs=1e-6)
 
 
 def test_where_we_differ_from_muspy_on_purpose():
-    "Music that ends on a bar line: muspy 0.5.0 adds an empty bar to it (groove 0.96875) and fills the beat after a note."
+    """Music that ends on a bar line.
+
+    muspy 0.5.0 adds an empty bar to it (groove 0.96875) and fills the beat after a note."""
     full = [(16 * k, 0, 60, 16) for k in (0, 1, 2, 3, 4, 5, 7)]
-    ours = measures(made(full))
+    ours = measures(score_of(full))
     assert ours["groove_consistency"] == 1 - 1 / 64  # one onset of two bars
     assert ours["empty_beats"] == 1 / 8  # muspy.empty_beat_rate: 0.0
-    drums = measures(made([(16 * k, 2, 40, 4) for k in range(8)]))
+    drums = measures(score_of([(16 * k, 2, 40, 4) for k in range(8)]))
     assert drums["pitch_range"] == 0 and drums["polyphony"] == 0  # muspy: -127 and NaN
 
 
 def test_every_measure_is_defined_on_silence():
-    assert measures(made([])) == {name: nothing for name, (_, nothing) in MEASURES.items()}
+    assert measures(score_of([])) == {name: value for name, (_, value) in MEASURES.items()}
 
 
 def test_a_comparison_is_finite_whatever_the_values():
-    "Equal, constant, far apart, one of each: an overlap in [0, 1], a divergence of at most 12.9 nats."
+    "Equal, constant, far apart: an overlap in [0, 1], a divergence of at most 12.9 nats."
     sets = [
-        np.zeros(1),
-        np.zeros(5),
-        np.full(3, 1e6),
-        np.array([0.0, 1e6]),
-        np.arange(9.0),
-        np.array([1e-9, 0.0]),
+        [0.0],
+        [0.0] * 5,
+        [1e6] * 3,
+        [0.0, 1e6],
+        list(range(9)),
+        [1e-9, 0.0],
     ]
+    pieces = lambda values: [dict.fromkeys(MEASURES, value) for value in values]
     for a in sets:
         for b in sets:
-            kl, area = divergence(a, b), overlap(a, b)
-            assert np.isfinite(kl) and 0 <= kl < 12.91 and 0 <= area <= 1 + 1e-9
-            if a is b:
-                assert kl == 0 and area == pytest.approx(1)
-    quiet = [measures(made([]))]
-    rows = compare(quiet, [measures(made(SCORES["tune"]))], quiet)
-    assert all(
-        np.isfinite([row[k] for k in ("overlap", "kl", "real_overlap", "real_kl")]).all()
-        for row in rows
-    )
+            for row in compare(pieces(a), pieces(b)):
+                assert 0 <= row["kl"] < 12.91 and 0 <= row["overlap"] <= 1 + 1e-9, (a, b, row)
+                if a is b:
+                    assert row["kl"] == 0 and row["overlap"] == pytest.approx(1)
+    quiet = [measures(score_of([]))]
+    rows = compare(quiet, [measures(score_of(SCORES["tune"]))], quiet)
+    columns = ("overlap", "kl", "real_overlap", "real_kl")
+    assert all(np.isfinite([row[column] for column in columns]).all() for row in rows)
 
 
 def test_an_interval_covers_the_truth_as_often_as_it_says():
     "Of 200 samples of 60 pieces, some 95 % have an interval over the true mean a note."
-    dice, covered = np.random.default_rng(5), 0
+    rng, covered = np.random.default_rng(5), 0
     for _ in range(200):
-        notes = dice.integers(20, 400, 60)
-        nats = notes * dice.normal(5.0, 0.8, 60)
-        _, low, high = _means(nats[:, None], notes, draws=400)[:, 0]
+        notes = rng.integers(20, 400, 60)
+        nats = notes * rng.normal(5.0, 0.8, 60)
+        _, low, high = bootstrap_means(nats[:, None], notes, draws=400)[:, 0]
         covered += low <= 5.0 <= high
     assert 0.88 <= covered / 200 <= 0.99
-    gain = _gain(np.array([30.0, 60.0]), np.array([20.0, 70.0]), np.array([10, 10]))
+    gain = gain_per_note(np.array([30.0, 60.0]), np.array([20.0, 70.0]), np.array([10, 10]))
     assert gain["value"] == 0 and gain["low"] == -1 and gain["high"] == 1
 
 
-def test_rows_belong_to_whoever_plays_them():
+def test_rows_belong_to_the_instrument_that_plays_them():
     "What the families cost together is what the piece cost, rests and end included."
     vocab = Vocab()
-    piece = make_piece(
-        make_score([(0, 2, 36, 240, 80), (7680, 0, 60, 480, 80), (7680, 1, 67, 480, 80)], BAND),
-        vocab,
-    )
-    kinds = _players(piece, vocab)
-    assert [KINDS[k] for k in kinds[[0, -1]]] == ["Drums", "Strings"] and len(kinds) == len(
-        piece.rows
-    ) + 1
+    notes = [(0, 2, 36, 240, 80), (7680, 0, 60, 480, 80), (7680, 1, 67, 480, 80)]
+    piece = make_piece(make_score(notes, TRIO), vocab)
+    kinds = kinds_of_rows(piece, vocab)
+    assert [KINDS[k] for k in kinds[[0, -1]]] == ["Drums", "Strings"]
+    assert len(kinds) == len(piece.rows) + 1
     nats = np.random.default_rng(0).random((len(kinds), 5))
-    apart = _apart([nats], [kinds])
-    assert np.allclose(apart.sum(1)[0], nats.sum(0))
-    assert np.allclose(apart[0, KINDS.index("Drums")], nats[0])
+    sums = sum_by_kind([nats], [kinds])
+    assert np.allclose(sums.sum(1)[0], nats.sum(0))
+    assert np.allclose(sums[0, KINDS.index("Drums")], nats[0])
 
 
 @pytest.mark.parametrize("count", [1, 24, 60, 300])
-def test_each_key_is_asked_equally_often(count):
-    asked = [r.key for r in varied_requests(count, seed=3)]
-    times = [asked.count(key) for key in KEYS]
-    assert len(asked) == count and max(times) - min(times) <= 1
+def test_each_key_is_requested_equally_often(count):
+    keys = [request.key for request in varied_requests(count, seed=3)]
+    times = [keys.count(key) for key in KEYS]
+    assert len(keys) == count and max(times) - min(times) <= 1
 
 
-def test_a_transposed_answer_is_the_wrong_key():
+def test_a_transposed_take_is_in_the_wrong_key():
     "The relations hold for every tonic, and a share counts only what is exact."
-    tune = make_score(
-        [
-            (480 * k, 0, p, 480, 80)
-            for k, p in enumerate([60, 64, 67, 72, 71, 67, 65, 62, 64, 62, 60, 60])
-        ]
-    )
+    pitches = [60, 64, 67, 72, 71, 67, 65, 62, 64, 62, 60, 60]
+    tune = make_score([(480 * k, 0, pitch, 480, 80) for k, pitch in enumerate(pitches)])
     assert find_key(tune) == "C major"
-    moved = [find_key(transpose(tune, by)) for by in range(12)]
-    found = key_agreement([("C major", key) for key in moved])
-    assert found["exact"]["value"] == pytest.approx(1 / 12, abs=1e-4)
-    assert found["relations"]["fifth"] == pytest.approx(2 / 12, abs=1e-4)
+    keys = [find_key(transpose(tune, by)) for by in range(12)]
+    agreement = key_agreement([("C major", key) for key in keys])
+    assert agreement["exact"]["value"] == pytest.approx(1 / 12, abs=1e-4)
+    assert agreement["relations"]["fifth"] == pytest.approx(2 / 12, abs=1e-4)
     for key in KEYS:
-        signs = [_relation(key, other) for other in KEYS]
-        assert [signs.count(r) for r in ("exact", "relative", "fifth", "parallel")] == [
-            1,
-            1,
-            2,
-            1,
-        ], key
+        relations = [key_relation(key, other) for other in KEYS]
+        counts = [relations.count(r) for r in ("exact", "relative", "fifth", "parallel")]
+        assert counts == [1, 1, 2, 1], key
