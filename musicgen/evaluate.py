@@ -56,7 +56,7 @@ def remembered(layout: Layout, papers: dict, model: MusicLSTM, count: int = 24) 
             flush=True,
         )
         return papers
-    takes = [generate(studio, replace(r, temperature=1.0))[0] for r in varied_requests(count, 0)]
+    takes = [generate(studio, r.replace(temperature=1.0))[0] for r in varied_requests(count, 0)]
     music = [make_piece(take.score, model.config.vocab) for take in takes]
     own, after = (loss_on(m, music)["total"] for m in (load_model(path)[0], model))
     return papers | dict(init=init | dict(own=rounded(own), own_after=rounded(after)))

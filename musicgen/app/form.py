@@ -309,7 +309,7 @@ class Opening:
             request = Request(opening=data)
         except Rejection as refusal:
             raise Rejection(refusal.sentence.replace("the MIDI data", f"the file {name}")) from None
-        bars = len(opening_bar_lines(request.begun)) - 1
+        bars = len(opening_bar_lines(request.opening_score)) - 1
         self.data = data
         self.told.value = message_html(
             f"{name}: {bars} {'bar' if bars == 1 else 'bars'} of {request.time_signature} "
