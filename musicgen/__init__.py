@@ -11,14 +11,15 @@ __version__ = "0.1.0"
 __all__ = ["Request", "generate", "open_model", "regenerate", "verify"]
 
 if TYPE_CHECKING:
-    from .generation.generate import generate, open_model, regenerate
+    from .generation.generate import generate, regenerate
+    from .generation.loader import open_model
     from .generation.receipt import verify
     from .generation.request import Request
 
 _HOMES = {
     "Request": "generation.request",
     "generate": "generation.generate",
-    "open_model": "generation.generate",
+    "open_model": "generation.loader",
     "regenerate": "generation.generate",
     "verify": "generation.receipt",
 }

@@ -181,7 +181,11 @@ def broken(take: Take, request: Request, studio: LoadedModel) -> list[str]:
     first, lines = report["first_bar"] - 1, opening_bar_lines(score)
     say(
         len(lines) - 1
-        == (len(opening_bar_lines(request.begun)) - 1 if request.redraw else first + request.bars),
+        == (
+            len(opening_bar_lines(request.opening_score)) - 1
+            if request.redraw
+            else first + request.bars
+        ),
         f"{len(lines) - 1} bars",
     )
     begin, end = lines[np.minimum([first, first + request.bars], len(lines) - 1)]
@@ -202,7 +206,7 @@ def broken(take: Take, request: Request, studio: LoadedModel) -> list[str]:
 
 def _touched(score: Score, request: Request, begin: int, end: int) -> list[str]:
     "What of an opening is not as it was, and what was made outside its bars."
-    kept = kept_score(request).notes.tolist() if request.begun else []
+    kept = kept_score(request).notes.tolist() if request.opening_score else []
     notes = set(map(tuple, score.notes.tolist()))
     made = np.array(sorted(notes - set(map(tuple, kept)))).reshape(-1, 5)
     outside = (made[:, ONSET] < begin) | (made[:, ONSET] + made[:, DURATION] > end)

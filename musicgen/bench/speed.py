@@ -553,9 +553,7 @@ def _naive(studio: LoadedModel) -> LoadedModel:
     "The studio, played by its torch model."
     from musicgen.model.files import load_model
 
-    other = replace(studio)
-    other._decoders = dict(fp32=_Stepped(load_model(studio.path)[0]))
-    return other
+    return replace(studio, decoders=dict(fp32=_Stepped(load_model(studio.path)[0])))
 
 # %% ../../nbs/bench/00_speed.ipynb #5953fc9e
 def _cached_gpt(hidden: int, layers: int, context: int) -> Callable:
@@ -702,7 +700,7 @@ def _take_figures(studio: LoadedModel, rounds: int, bars: int = 16) -> list[Figu
             dict(
                 one=play(one),
                 naive=play(one, naive),
-                same=play(replace(eight, takes=1)),
+                same=play(eight.replace(takes=1)),
                 eight=play(eight),
                 heard=heard,
             ),
@@ -749,11 +747,12 @@ def _take_figures(studio: LoadedModel, rounds: int, bars: int = 16) -> list[Figu
 FIRST = """
 import sys
 from pathlib import Path
-from musicgen.generation.generate import _Player, read_model
+from musicgen.generation.decoding import DecodingSession
+from musicgen.generation.loader import read_model
 from musicgen.generation.request import Request
-player = _Player(read_model(Path(sys.argv[1])), Request())
-player.begin([0])
-while not player.bands[0].notes: player.step()
+session = DecodingSession(read_model(Path(sys.argv[1])), Request())
+session.begin([0])
+while not session.states[0].notes: session.step()
 """
 
 
