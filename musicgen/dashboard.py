@@ -26,10 +26,13 @@ from .app.form import Controls, Opening, Picker, read_link, write_link
 from .app.takes import Card, file_name, roll_svg, title
 from .app.theme import SCRIPT, STYLE, box, button, heading, hide, message_html
 from .core import Layout, Rejection, read_settings
-from .generation.generate import LoadedModel, Stopped, Take, generate, open_model
+from .generation.decoding import Stopped
+from .generation.generate import Take, generate
+from .generation.loader import LoadedModel, open_model
 from .generation.request import Request
 from .music.audio import synthesize
-from .music.score import Score, make_score, read_midi
+from .music.midi import read_midi
+from .music.score import Score, make_score
 
 # %% ../nbs/09_dashboard.ipynb #7073c04e
 class _Answer(NamedTuple):

@@ -24,7 +24,7 @@ from musicgen.corpus.dataset import (
 )
 from .corpus.scan import ACCEPTED, scan_rows
 from .model.piece import make_piece
-from .music.score import read_midi
+from .music.midi import read_midi
 from .music.tokens import Vocab
 
 # %% ../nbs/03_features.ipynb #2400ae8d

@@ -19,10 +19,12 @@ import torch
 from .core import Layout, Rejection, write_atomic
 from .corpus.dataset import Corpus
 from .evaluation.provenance import find_model, provenance, weights_hash
-from .model.context import CONTROLS
-from .model.lstm import MusicLSTM, MusicLSTMConfig, load_model, save_model
+from .model.files import load_model, save_model
+from .model.loss import loss_on, validation_loss
+from .model.lstm import MusicLSTM, MusicLSTMConfig
+from .model.piece import CONTROLS
 from .model.sampler import Augment, Sampler
-from .model.trainer import TrainingSettings, fit, loss_on, process_rank, validation_loss
+from .model.trainer import TrainingSettings, fit, process_rank
 from .tune import read_best
 
 # %% ../nbs/05_train.ipynb #6bac4730

@@ -18,11 +18,12 @@ import torch
 
 from .core import Layout, Rejection, write_atomic
 from .corpus.dataset import Corpus
-from .model.context import Piece
+from .model.loss import validation_loss
 from .model.lstm import MusicLSTM, MusicLSTMConfig
+from .model.piece import Piece
 from .model.sampler import Augment, Sampler
 from .model.study import SAMPLERS, Study, grid_points
-from .model.trainer import TrainingSettings, fit, validation_loss
+from .model.trainer import TrainingSettings, fit
 
 # %% ../nbs/04_tune.ipynb #0c883826
 AXES = dict(learning_rate=float, batch=int, length=int)  # what is tuned

@@ -26,10 +26,12 @@ from fastapi.testclient import TestClient
 from musicgen.cli import main
 from musicgen.core import SHIPPED_MODEL, Layout, Rejection
 from musicgen.dashboard import Dashboard
-from musicgen.generation.generate import generate, open_model, regenerate
+from musicgen.generation.generate import generate, regenerate
+from musicgen.generation.instruments import instruments
+from musicgen.generation.loader import open_model
 from musicgen.generation.receipt import verify
-from musicgen.generation.request import Request, instruments
-from musicgen.music.score import read_midi
+from musicgen.generation.request import Request
+from musicgen.music.midi import read_midi
 from musicgen.serve import make_app
 
 ASKED = dict(

@@ -7,9 +7,13 @@ from musicgen.evaluation.adherence import key_agreement, key_relation
 from musicgen.evaluation.baselines import bootstrap_means
 from musicgen.evaluation.likelihood import KINDS, gain_per_note, kinds_of_rows, sum_by_kind
 from musicgen.evaluation.takes import varied_requests
-from musicgen.model.context import make_piece
-from musicgen.music.metrics import KEYS, MEASURES, compare, find_key, measures
-from musicgen.music.score import DRUMS, Part, make_score, transpose
+from musicgen.model.piece import make_piece
+from musicgen.music.comparison import compare
+from musicgen.music.edit import transpose
+from musicgen.music.instruments import DRUMS
+from musicgen.music.keys import KEYS, find_key
+from musicgen.music.metrics import MEASURES, measures
+from musicgen.music.score import Part, make_score
 from musicgen.music.tokens import Vocab
 
 TRIO = (Part(0), Part(40), Part(DRUMS))

@@ -33,8 +33,10 @@ from musicgen.corpus.scan import read_scan, scan_rows
 from musicgen.features import write_features
 from musicgen.ingest import ingest
 from musicgen.model.piece import make_piece
+from musicgen.music.instruments import DRUMS
+from musicgen.music.midi import read_midi, write_midi
 from musicgen.music.process import Stop, WorkerDied, WorkerProcess, WorkerTimeout
-from musicgen.music.score import DRUMS, make_score, read_midi, write_midi
+from musicgen.music.score import make_score
 from musicgen.music.tokens import Vocab
 from musicgen.preprocess import preprocess
 
@@ -959,7 +961,7 @@ def test_a_damaged_checkpoint_is_rejected(untrained, tmp_path):
 
 def test_damaged_weights_are_rejected(untrained, tmp_path):
     "Cut off, absurd, foreign, without a description: one sentence each, the file named."
-    from musicgen.generation.generate import open_model
+    from musicgen.generation.loader import open_model
 
     data, here = untrained.weights.read_bytes(), Layout(tmp_path)
     size = int.from_bytes(data[:8], "little")
@@ -984,7 +986,7 @@ def test_weights_that_do_not_fit_their_description(untrained, tmp_path):
     "Right in form and wrong inside: another number, a missing table, a short one, no description."
     from safetensors.numpy import save
 
-    from musicgen.generation.generate import open_model
+    from musicgen.generation.loader import open_model
     from musicgen.model.weights import read_weights
 
     weights, about = read_weights(untrained.weights)
@@ -1004,7 +1006,7 @@ def test_weights_that_do_not_fit_their_description(untrained, tmp_path):
 
 
 def test_a_damaged_index_of_originals(untrained, tmp_path):
-    from musicgen.generation.generate import open_model
+    from musicgen.generation.loader import open_model
 
     here = Layout(tmp_path)
     write_atomic(here.weights, untrained.weights.read_bytes())
@@ -1018,7 +1020,8 @@ def test_a_damaged_index_of_originals(untrained, tmp_path):
 
 def test_the_model_still_plays(untrained):
     "After all this, music."
-    from musicgen.generation.generate import generate, open_model
+    from musicgen.generation.generate import generate
+    from musicgen.generation.loader import open_model
     from musicgen.generation.request import Request
 
     take = generate(open_model(untrained), Request(bars=1, instruments=["piano", "drums"]))[0]

@@ -17,8 +17,9 @@ from musicgen.corpus.dataset import Corpus, write_corpus
 from musicgen.corpus.scan import scan_rows
 from musicgen.features import write_features
 from musicgen.model.piece import make_piece
+from musicgen.music.midi import read_midi, write_midi
 from musicgen.music.originality import OriginalityIndex
-from musicgen.music.score import Part, make_score, read_midi, write_midi
+from musicgen.music.score import Part, make_score
 from musicgen.music.tokens import Vocab
 from musicgen.preprocess import preprocess
 

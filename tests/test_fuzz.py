@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from musicgen.core import Layout, Rejection
-from musicgen.generation.generate import generate, open_model, regenerate
+from musicgen.generation.generate import generate, regenerate
+from musicgen.generation.loader import open_model
 from musicgen.generation.receipt import verify
 from musicgen.generation.request import Request
 from musicgen.music.chunks import midi_shape

@@ -6,7 +6,8 @@ import pytest
 
 from musicgen.bench.load import Load, press, serving
 from musicgen.core import Layout
-from musicgen.generation.generate import generate, open_model
+from musicgen.generation.generate import generate
+from musicgen.generation.loader import open_model
 from musicgen.generation.request import Request
 
 

@@ -6,11 +6,12 @@ import torch
 
 from musicgen.bench.promises import broken, promises, song, wish
 from musicgen.core import SHIPPED_MODEL, Layout
-from musicgen.generation.generate import generate, read_model
+from musicgen.generation.generate import generate
+from musicgen.generation.loader import read_model
 from musicgen.generation.request import Request
 from musicgen.model.files import save_model
 from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig
-from musicgen.music.score import write_midi
+from musicgen.music.midi import write_midi
 
 
 def test_fifty_random_requests_are_kept():

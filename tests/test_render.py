@@ -14,9 +14,11 @@ import soundfile
 from musicgen.core import Rejection
 from musicgen.music import audio as hearing
 from musicgen.music.audio import AUDIO, PEAK, TAIL, encode_audio, find_soundfont, stems, synthesize
+from musicgen.music.instruments import DRUMS
+from musicgen.music.midi import read_midi
 from musicgen.music.process import WorkerProcess
 from musicgen.music.roll import plot_roll, roll_png
-from musicgen.music.score import DRUMS, ONSET, PART, PITCH, Part, make_score, read_midi
+from musicgen.music.score import ONSET, PART, PITCH, Part, make_score
 from musicgen.music.sheet import sheet
 
 
@@ -189,7 +191,7 @@ def quarters(score):
 def test_sheet_music_has_the_notes(metre):
     "Voices, chords, ties, triplets, all keys: read back, every note is where it was."
     pytest.importorskip("music21")
-    from musicgen.music.notation import read_musicxml
+    from musicgen.music.musicxml import read_musicxml
 
     rng, eighth = np.random.default_rng(sum(metre)), 240
     pitches, lengths = rng.permutation(40), rng.integers(1, 4, 40)

@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 from fastcore.basics import patch
 
 from .. import __version__
-from ..generation.generate import LoadedModel, Stopped, Take, generate, regenerate
+from ..generation.decoding import Stopped
+from ..generation.generate import Take, generate, regenerate
+from ..generation.loader import LoadedModel
 from ..generation.receipt import read_receipt
 from ..generation.request import Request
 from ..music.audio import AUDIO, encode_audio, synthesize

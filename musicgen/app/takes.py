@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from .theme import box, button, message_html
 from ..core import Rejection
 from ..generation.generate import Take
-from ..generation.request import opening_bar_lines
+from ..generation.opening import opening_bar_lines
 from ..music.audio import encode_audio, stems, synthesize
 from ..music.roll import DRUM_NAMES, caption
 from ..music.score import DURATION, ONSET, PART, PITCH, VELOCITY, Score

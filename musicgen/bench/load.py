@@ -22,10 +22,11 @@ import numpy as np
 
 from .speed import Figure, table, write_figures
 from ..core import Layout, open_root, read_settings
-from ..generation.generate import LoadedModel, generate, open_model
+from ..generation.generate import generate
+from ..generation.loader import LoadedModel, open_model
 from ..generation.receipt import read_receipt
 from ..generation.request import Request
-from ..music.score import read_midi
+from ..music.midi import read_midi
 
 # %% ../../nbs/bench/04_load.ipynb #aca401fc
 def _requests(count: int = 16, bars: int = 8) -> list[Request]:
@@ -47,7 +48,8 @@ OURS = "from musicgen.serve import run; run()"
 NAIVE = """
 import os, uvicorn
 from fastapi import Body, FastAPI, Response
-from musicgen.generation.generate import generate, open_model
+from musicgen.generation.generate import generate
+from musicgen.generation.loader import open_model
 from musicgen.generation.request import Request
 from musicgen.bench.speed import _naive
 studio, app = _naive(open_model()), FastAPI()
@@ -200,7 +202,8 @@ def _held(pid: int) -> int:
 OWN = """
 import json, sys, time
 from musicgen.core import Layout
-from musicgen.generation.generate import generate, open_model
+from musicgen.generation.generate import generate
+from musicgen.generation.loader import open_model
 from musicgen.generation.request import Request
 studio, asked = open_model(Layout(sys.argv[1])), [Request.from_dict(r) for r in json.loads(sys.argv[2])]
 generate(studio, asked[0])

@@ -28,13 +28,17 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core import SHIPPED_MODEL, Layout, Rejection, open_root, sandbox, write_atomic
-from ..generation.generate import LoadedModel, generate, read_model
+from ..generation.generate import generate
+from ..generation.loader import LoadedModel, read_model
 from ..generation.request import Request
 from ..model.columns import STEP_COLUMNS
 from ..model.decoder import Decoder
 from ..model.precision import numeric_path
 from ..music.audio import encode_audio, synthesize
-from ..music.score import DURATION, ONSET, Score, grid_loss, read_midi, transpose, write_midi
+from ..music.edit import transpose
+from ..music.grid import grid_loss
+from ..music.midi import read_midi, write_midi
+from ..music.score import DURATION, ONSET, Score
 from ..music.tokens import Vocab, encode
 
 # %% ../../nbs/bench/00_speed.ipynb #8cb8da0a

@@ -33,7 +33,7 @@ from typing import IO, Any, NamedTuple, NoReturn, TypedDict, cast
 from fastcore.basics import patch
 
 from ..core import Rejection
-from ..music.notation import DAMAGED_FILE, MAX_PIECE
+from ..music.musicxml import DAMAGED_FILE, MAX_PIECE
 
 # %% ../../nbs/corpus/00_archives.ipynb #58b5f6df
 MIDI = (".mid", ".midi", ".kar", ".rmi")

@@ -25,10 +25,12 @@ import numpy as np
 from ..core import Layout, Rejection, write_atomic
 from .duplicates import assign_splits
 from ..model.piece import Piece, make_piece
-from ..music.notation import example_scores
+from ..music.edit import excerpt
+from ..music.grid import on_grid
 from ..music.originality import OriginalityIndex, piece_text
-from ..music.score import Part, Score, excerpt, make_score, on_grid
+from ..music.score import Part, Score, make_score
 from ..music.tokens import Vocab, decode
+from ..music.tunes import example_scores
 
 # %% ../../nbs/corpus/04_dataset.ipynb #ff77a05d
 def _header_text(header: Score) -> str:

@@ -24,7 +24,7 @@ from anyio.from_thread import start_blocking_portal
 
 from ..core import Rejection, write_atomic
 from .archives import MAX_BYTES, MEGABYTE, write_all
-from ..music.score import GM
+from ..music.instruments import GM
 
 if TYPE_CHECKING:
     import httpx

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ..core import Rejection, map_in_processes, read_settings
+from ..music.chunks import midi_shape
 from ..music.keys import find_key
+from ..music.midi import MAX_FILE, read_midi
 from ..music.process import Stop, WorkerDied, WorkerProcess, WorkerTimeout
-from ..music.score import DURATION, MAX_FILE, ONSET, Score, read_midi
+from ..music.score import DURATION, ONSET, Score
 from ..music.similarity import fingerprint
-from ..music.smf import TICKS, midi_shape
+from ..music.smf import TICKS
 
 # %% ../../nbs/corpus/02_readers.ipynb #58084729
 def _content(score: Score) -> str:

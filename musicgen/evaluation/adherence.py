@@ -15,11 +15,15 @@ from fastcore.basics import patch
 
 from ..core import Rejection
 from .baselines import Baselines, read_pieces, rounded
-from ..generation.generate import LoadedModel, generate
+from ..generation.generate import generate
+from ..generation.loader import LoadedModel
 from ..generation.request import Request
-from ..model.context import Piece, make_piece
-from ..music.metrics import density, find_key, parse_key
-from ..music.score import PART, Part, lint, read_midi
+from ..model.piece import Piece, make_piece
+from ..music.edit import lint
+from ..music.keys import find_key, parse_key
+from ..music.metrics import density
+from ..music.midi import read_midi
+from ..music.score import PART, Part
 from ..music.tokens import Vocab
 
 # %% ../../nbs/evaluation/01_adherence.ipynb #7ed6c6c7

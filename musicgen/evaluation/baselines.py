@@ -12,17 +12,13 @@ from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
 
-from musicgen.model.context import (
-    BUSY,
-    INPUT_COLUMNS,
-    Piece,
-    context_features,
-    controls,
-    last_row_of_parts,
-    to_canonical_key,
-)
-from ..music.metrics import KEYS
-from ..music.score import DRUMS, DURATION, PART, PITCH, VELOCITY, on_grid
+from ..model.columns import BUSY, INPUT_COLUMNS
+from ..model.context import context_features, last_row_of_parts
+from ..model.piece import Piece, controls, to_canonical_key
+from ..music.grid import on_grid
+from ..music.instruments import DRUMS
+from ..music.keys import KEYS
+from ..music.score import DURATION, PART, PITCH, VELOCITY
 from ..music.tokens import FIELDS, SHIFT, Vocab, onsets_of
 
 # %% ../../nbs/evaluation/00_baselines.ipynb #bbe29021

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..core import Layout
 from .provenance import SPLITS, fine_tuning_summary, weights_hash
 from .report import MODEL_NAMES, headline
-from ..model.lstm import load_model
+from ..model.files import load_model
 
 # %% ../../nbs/evaluation/08_card.ipynb #67a4c759
 def markdown_table(rows: list[list]) -> str:

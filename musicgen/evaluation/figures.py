@@ -10,7 +10,8 @@ import io
 
 import numpy as np
 
-from ..music.metrics import MEASURES, density_curve
+from ..music.comparison import density_curve
+from ..music.metrics import MEASURES
 
 # %% ../../nbs/evaluation/05_figures.ipynb #83fdcda6
 _ORANGE, _BLUE, _LIGHT_BLUE, _GREY = "#E69F00", "#0072B2", "#56B4E9", "#999999"

@@ -13,10 +13,11 @@ import numpy as np
 from ..core import Rejection
 from ..corpus.dataset import Corpus
 from .baselines import Baselines, bootstrap_means, read_pieces, rounded
-from ..model.context import Piece
+from ..model.loss import losses_on
 from ..model.lstm import MusicLSTM
-from ..model.trainer import losses_on
-from ..music.score import DRUMS, FAMILIES, PART, PITCH
+from ..model.piece import Piece
+from ..music.instruments import DRUMS
+from ..music.score import FAMILIES, PART, PITCH
 from ..music.tokens import FIELDS, SHIFT, Vocab
 
 # %% ../../nbs/evaluation/02_likelihood.ipynb #b1db1729

@@ -16,12 +16,14 @@ from ..corpus.dataset import Corpus
 from .adherence import PROMISES, check_take
 from .baselines import rounded
 from .provenance import weights_hash
-from ..generation.generate import LoadedModel, Take, generate, open_model
+from ..generation.generate import Take, generate
+from ..generation.loader import LoadedModel, open_model
 from ..generation.request import Request
-from ..model.context import Piece
-from ..model.lstm import MusicLSTM, load_model
-from ..music.metrics import KEYS
-from ..music.score import GM
+from ..model.files import load_model
+from ..model.lstm import MusicLSTM
+from ..model.piece import Piece
+from ..music.instruments import GM
+from ..music.keys import KEYS
 
 # %% ../../nbs/evaluation/04_takes.ipynb #a8cf64bb
 class Trained(NamedTuple):

@@ -28,8 +28,10 @@ from .loader import LoadedModel
 from .request import Request
 from .span import default_density
 from .state import EnsembleState, opening_rows, part_features
-from ..model.context import RECALL_VALUE, Tables, controls, matching_recall
-from ..model.decoder import Decoder, GuidedDecoder, sample_value
+from ..model.choice import sample_value
+from ..model.decoder import Decoder, GuidedDecoder
+from ..model.ids import RECALL_VALUE, Tables, matching_recall
+from ..model.piece import controls
 from ..music.metrics import density
 from ..music.score import DURATION, PART, PITCH, VELOCITY
 from ..music.tokens import FIELDS, SHIFT, onsets_of

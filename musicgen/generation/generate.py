@@ -21,8 +21,12 @@ from .receipt import read_receipt, write_receipt
 from .request import Request
 from .span import kept_score
 from .state import EnsembleState
-from ..model.decoder import numeric_path
-from ..music.metrics import density, find_key, flaws
+from ..model.precision import numeric_path
+from ..music.edit import excerpt, lint
+from ..music.grid import resolve_overlaps, velocity_of
+from ..music.keys import find_key
+from ..music.metrics import density, flaws
+from ..music.midi import write_midi
 from musicgen.music.score import (
     DURATION,
     ONSET,
@@ -31,14 +35,9 @@ from musicgen.music.score import (
     VELOCITY,
     Part,
     Score,
-    excerpt,
-    lint,
     make_score,
     note_columns,
     note_table,
-    resolve_overlaps,
-    velocity_of,
-    write_midi,
 )
 from ..music.smf import TICKS
 

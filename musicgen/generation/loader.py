@@ -15,8 +15,9 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import SHIPPED_MODEL, Layout, Rejection, read_settings
-from ..model.decoder import Decoder, read_weights
-from ..music.similarity import OriginalityIndex
+from ..model.decoder import Decoder
+from ..model.weights import read_weights
+from ..music.originality import OriginalityIndex
 from ..music.tokens import Vocab
 
 # %% ../../nbs/generation/09_loader.ipynb #e1642222

@@ -12,7 +12,9 @@ from dataclasses import replace
 import numpy as np
 
 from ..core import Rejection
-from ..music.score import ONSET, Score, change_resolution, read_midi
+from ..music.grid import change_resolution
+from ..music.midi import read_midi
+from ..music.score import ONSET, Score
 from ..music.smf import TICKS
 
 # %% ../../nbs/generation/01_opening.ipynb #78f3bb29

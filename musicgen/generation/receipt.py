@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..music.score import ONSET, Score, read_midi
+from ..music.midi import read_midi
+from ..music.score import ONSET, Score
 
 # %% ../../nbs/generation/08_receipt.ipynb #8194687d
 def bar_hashes(score: Score) -> list[str]:

@@ -39,7 +39,8 @@ from musicgen.generation.values import (
     WholeNumber,
     read_metre,
 )
-from ..music.score import Part, Score, write_midi
+from ..music.midi import write_midi
+from ..music.score import Part, Score
 
 # %% ../../nbs/generation/03_request.ipynb #da516386
 class _Fields(BaseModel):

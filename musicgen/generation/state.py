@@ -16,29 +16,14 @@ from fastcore.basics import patch
 
 from .request import Request
 from .span import kept_score, random_key, span_of
-from musicgen.model.context import (
-    BARS_LEFT,
-    BEATS,
-    NO_PART,
-    NO_PITCH,
-    ensemble,
-    part_states,
-    recalled_part,
-    transposition_of,
-)
+from ..model.columns import BARS_LEFT, BEATS, NO_PART, NO_PITCH
+from ..model.context import part_states
+from ..model.ids import recalled_part
+from ..model.piece import ensemble, transposition_of
 from ..model.recall import RecallState
-from ..music.metrics import KEYS, find_key
-from musicgen.music.score import (
-    DRUMS,
-    ONSET,
-    PART,
-    PITCH,
-    PITCHES,
-    RANGES,
-    VELOCITY,
-    Part,
-    Score,
-)
+from ..music.instruments import DRUMS, RANGES
+from ..music.keys import KEYS, find_key
+from ..music.score import ONSET, PART, PITCH, PITCHES, VELOCITY, Part, Score
 from ..music.smf import TICKS
 from ..music.tokens import SHIFT, Vocab, encode, onsets_of
 

@@ -27,8 +27,8 @@ from pydantic import (
 from ..core import Rejection
 from .instruments import find_program
 from .opening import MAX_OPENING
-from ..model.decoder import PRECISIONS
-from ..music.metrics import KEYS, parse_key
+from ..model.precision import PRECISIONS
+from ..music.keys import KEYS, parse_key
 
 # %% ../../nbs/generation/02_values.ipynb #e1ef3290
 def _plain_number(value: Any) -> Any:

@@ -13,7 +13,8 @@ from itertools import accumulate
 
 from .piece import CONTROLS, RANKS
 from .recall import RECALL_LEVELS
-from ..music.score import DRUMS, PITCHES
+from ..music.instruments import DRUMS
+from ..music.score import PITCHES
 from ..music.tokens import FIELDS, Vocab
 
 # %% ../../nbs/model/02_columns.ipynb #8ec879df

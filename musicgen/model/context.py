@@ -22,7 +22,9 @@ from musicgen.model.columns import (
 )
 from .piece import Piece, ensemble
 from .recall import recalled_rows
-from ..music.score import DRUMS, DURATION, PART, PITCH, PITCHES, VELOCITY, Score, on_grid
+from ..music.grid import on_grid
+from ..music.instruments import DRUMS
+from ..music.score import DURATION, PART, PITCH, PITCHES, VELOCITY, Score
 from ..music.tokens import FIELDS, SHIFT, Vocab, onsets_of
 
 # %% ../../nbs/model/03_context.ipynb #ba52af40

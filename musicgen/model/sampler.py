@@ -19,7 +19,8 @@ from .context import context_features, grid_bar_lines
 from .ids import Ids, Tables
 from .lstm import MusicLSTMConfig
 from .piece import Piece, controls, to_canonical_key
-from ..music.score import DRUMS, DURATION, PART, PITCH, RANGES, VELOCITY, Part
+from ..music.instruments import DRUMS, RANGES
+from ..music.score import DURATION, PART, PITCH, VELOCITY, Part
 from ..music.tokens import FIELDS, SHIFT, Vocab, decode, encode, onsets_of
 
 # %% ../../nbs/model/09_sampler.ipynb #bbd67fbf
