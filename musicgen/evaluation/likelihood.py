@@ -16,8 +16,8 @@ from .baselines import Baselines, bootstrap_means, read_pieces, rounded
 from ..model.loss import losses_on
 from ..model.lstm import MusicLSTM
 from ..model.piece import Piece
-from ..music.instruments import DRUMS
-from ..music.score import FAMILIES, PART, PITCH
+from ..music.instruments import DRUMS, FAMILIES
+from ..music.score import PART, PITCH
 from ..music.tokens import FIELDS, SHIFT, Vocab
 
 # %% ../../nbs/evaluation/02_likelihood.ipynb #b1db1729

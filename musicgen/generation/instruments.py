@@ -10,8 +10,8 @@ __all__ = ['NICKNAMES', 'find_program', 'instruments']
 import difflib
 
 from ..core import Rejection
-from ..music.instruments import DRUMS, GM
-from ..music.score import FAMILIES, Part
+from ..music.instruments import DRUMS, FAMILIES, GM
+from ..music.score import Part
 
 # %% ../../nbs/generation/00_instruments.ipynb #602df303
 # fmt: off

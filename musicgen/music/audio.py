@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATES', 'MAX_PITCH', 'TAIL', 'Voice', 'MAX_MINUTES', 'MAX_SAMPLE', 'TIME_LIMIT', 'PEAK', 'AUDIO', 'MAX_STEMS',
-           'find_soundfont', 'SynthesisJob', 'play_voices', 'synthesize', 'encode_audio', 'stems', 'player']
+           'find_soundfont', 'SynthesisJob', 'play_voices', 'synthesize', 'encode_audio', 'stems', 'audio_player']
 
 # %% ../../nbs/music/13_audio.ipynb #eadbae03
 import base64
@@ -323,7 +323,7 @@ def stems(
     )
 
 # %% ../../nbs/music/13_audio.ipynb #120f4cc0
-def player(
+def audio_player(
     score: Score,
     soundfont: str | Path | None = None,  # None: see `find_soundfont`
 ) -> str:  # self-contained HTML
