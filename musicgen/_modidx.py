@@ -1725,6 +1725,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'musicgen.train.train': ('train.html#train', 'musicgen/train.py')},
             'musicgen.tune': { 'musicgen.tune._count': ('tune.html#_count', 'musicgen/tune.py'),
                                'musicgen.tune._csv': ('tune.html#_csv', 'musicgen/tune.py'),
+                               'musicgen.tune._name': ('tune.html#_name', 'musicgen/tune.py'),
                                'musicgen.tune._numbers': ('tune.html#_numbers', 'musicgen/tune.py'),
                                'musicgen.tune._objective': ('tune.html#_objective', 'musicgen/tune.py'),
                                'musicgen.tune._train': ('tune.html#_train', 'musicgen/tune.py'),
