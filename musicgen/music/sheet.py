@@ -56,7 +56,7 @@ def _add_drums(staff, k: int, pitches: list[int]) -> dict:
         drums[pitch] = drum
     return drums
 
-# %% ../../nbs/music/12_sheet.ipynb #c6dae783
+# %% ../../nbs/music/12_sheet.ipynb #e9e3aa09
 def _add_instruments(staff, part: Part, k: int, pitches: list[int]) -> dict | None:
     "Names the staff of part `k` and adds its instrument. Drums: pitch to instrument; else None."
     from music21 import instrument
@@ -64,13 +64,9 @@ def _add_instruments(staff, part: Part, k: int, pitches: list[int]) -> dict | No
     staff.partName = short_name(part.name or part.instrument, 40)
     if part.is_drums:
         return _add_drums(staff, k, pitches)
-    player = instrument.Instrument(staff.partName)
-    player.midiProgram, player.partId, player.instrumentId = (
-        part.program,
-        f"P{k + 1}",
-        f"P{k + 1}-I1",
-    )
-    staff.insert(0, player)
+    own = instrument.Instrument(staff.partName)
+    own.midiProgram, own.partId, own.instrumentId = part.program, f"P{k + 1}", f"P{k + 1}-I1"
+    staff.insert(0, own)
     return None
 
 # %% ../../nbs/music/12_sheet.ipynb #38c1af24

@@ -74,6 +74,6 @@ def __getattr__(name: str):
     "Names that stand elsewhere now; removed when all imports are changed."
     import importlib
 
-    if name in ("OriginalityIndex", "piece_text", "PASSAGE", "CROWD"):
+    if name in ("OriginalityIndex", "piece_text", "PASSAGE"):
         return vars(importlib.import_module("musicgen.music.originality"))[name]
     raise AttributeError(name)
