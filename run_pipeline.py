@@ -1,4 +1,5 @@
-"""Run the pipeline: `python run_pipeline.py [STAGE ...] [--config FILE] [--root DIR] [--midi FOLDER] [--list]`.
+"""Run the pipeline:
+`run_pipeline.py [STAGE ...] [--config FILE] [--root DIR] [--midi FOLDER] [--list]`.
 
 The pipeline runner is the notebook `nbs/11_pipeline.ipynb`.
 """

@@ -1,7 +1,7 @@
-"""Type checks the package: `python tests/typecheck.py [MODULE ...]` runs mypy and exits with its status.
+"""Checks the types of the package: `python tests/typecheck.py [MODULE ...]` runs mypy.
 
-Methods that notebooks attach with `@patch` are unknown to type checkers, so a copy of the package is
-checked in which each such function stands in the body of its class.
+Methods that notebooks attach with `@patch` are unknown to type checkers. So a copy of the package
+is checked in which each such function is in the body of its class.
 """
 
 import ast
