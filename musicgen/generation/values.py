@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from ..core import Rejection
-from .instruments import find_program
+from .nicknames import find_program
 from .opening import MAX_OPENING
 from ..model.decoder import PRECISIONS
 from ..music.metrics import KEYS, parse_key
