@@ -356,7 +356,7 @@ def _edits(answer: dict[str, Any]) -> str:
 # %% ../nbs/10_cli.ipynb #8c3ca878
 def _instruments(args: argparse.Namespace) -> int:
     "Lists the instruments: program, name and family."
-    from musicgen.generation.instruments import instruments
+    from musicgen.generation.nicknames import instruments
 
     if args.json:
         print(json.dumps(instruments(), indent=1))

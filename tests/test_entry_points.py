@@ -28,8 +28,8 @@ from musicgen.cli import main
 from musicgen.core import SHIPPED_MODEL, Layout, Rejection
 from musicgen.dashboard import Dashboard
 from musicgen.generation.generate import generate, regenerate
-from musicgen.generation.instruments import instruments
 from musicgen.generation.loader import open_model
+from musicgen.generation.nicknames import instruments
 from musicgen.generation.receipt import verify
 from musicgen.generation.request import Request
 from musicgen.music.midi import read_midi

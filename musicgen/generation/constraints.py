@@ -48,11 +48,11 @@ def _to_next_bar(state: EnsembleState, allowed: np.ndarray) -> np.ndarray:
 # %% ../../nbs/generation/07_constraints.ipynb #805b66e9
 def allowed_parts(state: EnsembleState) -> np.ndarray:
     "bool (p,): parts that can begin a note now; of those that were silent too long the first only."
-    free = state.startable().any(1)
+    free: np.ndarray = np.logical_or.reduce(state.startable(), axis=1)
     since = state.silent_since
     since = np.where(state.has_played, np.maximum(since, state.latest_end), since)
     due = np.flatnonzero(free & (since + state.max_silence <= state.now))
-    return free & (np.arange(len(free)) == due[0]) if len(due) else free
+    return np.arange(len(free)) == due[0] if len(due) else free
 
 
 def allowed_pitches(state: EnsembleState, part: int) -> np.ndarray:

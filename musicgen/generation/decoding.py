@@ -10,7 +10,7 @@ __all__ = ['MAX_ATTEMPTS', 'STYLE_GUIDANCE', 'REDRAW_CANDIDATES', 'FOLLOWING_BAR
 # %% ../../nbs/generation/10_decoding.ipynb #0d54ac19
 from collections.abc import Callable, Iterator
 from copy import copy, deepcopy
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from fastcore.basics import patch
@@ -196,7 +196,8 @@ def step(self: DecodingSession):
     chosen = np.zeros((len(states), 9), np.int64)  # ids of what is chosen, in the model's order
     row = np.zeros((len(states), len(FIELDS)), np.int64)
     active, holds = np.array([not s.done for s in states]), matching_recall(echo, row)[:, SHIFT]
-    scores = self.decoder.scores("shift", holds, chosen, None)
+    no_pitches = cast(Any, None)  # the scores of a shift do not depend on what sounds
+    scores = self.decoder.scores("shift", holds, chosen, no_pitches)
     if self.forced is None:
         scores = end_scores(scores, states)
     row[:, SHIFT] = self._draw(
@@ -211,12 +212,19 @@ def step(self: DecodingSession):
 
 # %% ../../nbs/generation/10_decoding.ipynb #da3728b9
 @patch
-def _add_notes(self: DecodingSession, row, active, chosen, uniforms, echo):
+def _add_notes(
+    self: DecodingSession,
+    row: np.ndarray,  # (n, 5): the shifts so far
+    active: np.ndarray,  # bool (n,): takes that have a note
+    chosen: np.ndarray,  # (n, 9) ids
+    uniforms: np.ndarray,  # (n, 5)
+    echo: np.ndarray,  # (n, 6) recalled rows
+):
     "Draws part, pitch, duration and velocity for the takes that have a note, and adds the notes."
     states, first_id = self.states, self.tables.chosen_at
     held = np.stack([s.sounding() for s in states])
 
-    def draw(field, mask, bias=0):
+    def draw(field: int, mask: Callable[[int], np.ndarray], bias: Any = 0):
         holds = matching_recall(echo, row)[:, field]
         scores = self.decoder.scores(FIELDS[field], holds, chosen, held) + bias
         row[:, field] = self._draw(field, scores, mask, active, uniforms, holds)
@@ -224,15 +232,14 @@ def _add_notes(self: DecodingSession, row, active, chosen, uniforms, echo):
     for k, state in enumerate(states):
         chosen[k, 0], chosen[k, 1:3] = row[k, SHIFT], state.position()
     chosen[:, :3] += first_id[:3]
-    part = self._draw_parts(row, active, chosen, uniforms, echo, held)
+    part = self._draw_parts(row, active, chosen, uniforms, echo, held).tolist()
     for k, state in enumerate(states):
         chosen[k, 3:5], chosen[k, 5] = state.ensemble[part[k]], state.latest_pitch[part[k]]
         chosen[k, 8] = state.latest_velocity[part[k]]
     chosen[:, 3:9] += first_id[3:9]
-    bias = 0
-    if self.request.key:
-        bias = np.stack([key_bias(s) * s.pitched[part[k]] for k, s in enumerate(states)])
-    draw(PITCH, lambda k: allowed_pitches(states[k], part[k]), bias)
+    keyed = states if self.request.key else []
+    bias = [key_bias(state) * state.pitched[part[k]] for k, state in enumerate(keyed)]
+    draw(PITCH, lambda k: allowed_pitches(states[k], part[k]), np.stack(bias) if bias else 0)
     chosen[:, 6] += row[:, PITCH]
     draw(DURATION, lambda k: allowed_durations(states[k], part[k]))
     chosen[:, 7] += row[:, DURATION]
@@ -243,7 +250,15 @@ def _add_notes(self: DecodingSession, row, active, chosen, uniforms, echo):
 
 # %% ../../nbs/generation/10_decoding.ipynb #ef94d54d
 @patch
-def _draw_parts(self: DecodingSession, row, active, chosen, uniforms, echo, held) -> np.ndarray:
+def _draw_parts(
+    self: DecodingSession,
+    row: np.ndarray,
+    active: np.ndarray,
+    chosen: np.ndarray,
+    uniforms: np.ndarray,
+    echo: np.ndarray,
+    held: np.ndarray,
+) -> np.ndarray:
     "int64 (n,): a part for each take; the model points at one of the ensemble."
     states, holds = self.states, matching_recall(echo, row)[:, PART]
     parts = part_features(states, row[:, SHIFT], holds) + self.tables.parts_at

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from ..core import Rejection
-from .instruments import find_program
+from .nicknames import find_program
 from .opening import MAX_OPENING, opening_bar_lines, read_opening
 from musicgen.generation.values import (
     JSON_CONTEXT,
@@ -417,4 +417,4 @@ def model_copy(
 
 # %% ../../nbs/generation/03_request.ipynb #ba23d87d
 # TEMPORARY: other notebooks import these from here until homes.py has run
-from .instruments import NICKNAMES, instruments  # noqa: F401
+from .nicknames import NICKNAMES, instruments  # noqa: F401

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from ..core import Rejection
-from .instruments import find_program
+from .nicknames import find_program
 from .opening import MAX_OPENING
 from ..model.precision import PRECISIONS
 from ..music.keys import KEYS, parse_key
