@@ -34,7 +34,7 @@ from musicgen.core import (
     map_in_processes,
     write_atomic,
 )
-from .corpus.archives import MIDI, printable_name, replace_folder, safe_name
+from .corpus.archives import MIDI, printable_name, safe_name
 from musicgen.corpus.conversion import (
     VERSION,
     Files,
@@ -45,7 +45,9 @@ from musicgen.corpus.conversion import (
     find_files,
     list_jobs,
 )
-from .corpus.download import Progress, Source, read_sources
+from .corpus.download import Progress
+from .corpus.sources import Source, read_sources
+from .corpus.unpacking import replace_folder
 
 # %% ../nbs/01_ingest.ipynb #666dab60
 def _spread(count: int, most: int) -> list[int]:

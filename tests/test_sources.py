@@ -30,8 +30,9 @@ import pytest
 from musicgen.core import Layout, Rejection, folder_digest, write_atomic
 from musicgen.corpus import archives
 from musicgen.corpus import download as downloads
-from musicgen.corpus.archives import unpack
-from musicgen.corpus.download import Source, download, read_sources
+from musicgen.corpus.download import download
+from musicgen.corpus.sources import Source, read_sources
+from musicgen.corpus.unpacking import unpack
 from musicgen.ingest import ingest
 from musicgen.music.midi import write_midi
 from musicgen.music.score import make_score
@@ -462,7 +463,8 @@ FETCH = """
 import sys
 from pathlib import Path
 from musicgen.core import Rejection
-from musicgen.corpus.download import Source, download
+from musicgen.corpus.download import download
+from musicgen.corpus.sources import Source
 try:
     download(Source("mine", "url", "MIT", url=sys.argv[1]), Path(sys.argv[2]))
 except Rejection as e:
@@ -901,7 +903,7 @@ UNPACK = """
 import sys
 from pathlib import Path
 from musicgen.core import Rejection
-from musicgen.corpus.archives import unpack
+from musicgen.corpus.unpacking import unpack
 try:
     unpack(Path(sys.argv[1]), Path(sys.argv[2]))
 except Rejection as e:
