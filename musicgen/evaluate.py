@@ -64,7 +64,7 @@ def _rounded_row(row: dict) -> dict:
     "A row of a comparison, its figures rounded."
     return {key: x if isinstance(x, str) else rounded(x) for key, x in row.items()}
 
-
+# %% ../nbs/06_evaluate.ipynb #2e934ad8
 def compare_with_real(
     takes: list[CheckedTake],
     openings: list[Score],  # of held-out pieces
@@ -158,7 +158,7 @@ def _write_samples(layout: Layout, takes: list[CheckedTake], real: list[Score]):
         if old.stem not in files:
             old.unlink()
 
-
+# %% ../nbs/06_evaluate.ipynb #975d1fff
 def _sample_entries(takes: list[CheckedTake], real: list[Piece]) -> dict:
     "What `evaluate.json` says of the samples."
     return dict(
@@ -184,6 +184,8 @@ def _measure(
     "The content of `evaluate.json` but for its samples, the takes, and the trained model."
     trained = open_trained(layout)
     corpus, model, record, loaded = trained
+    index = loaded.originality
+    assert index is not None  # or `open_trained` would have rejected it
     record = measure_forgetting(layout, record, model)
     print("evaluate: likelihood of the validation split", flush=True)
     valid = corpus.pieces("valid")
@@ -205,13 +207,13 @@ def _measure(
         values=values,
         obedience=_adherence(trained, list(zip(held_out, openings)), requests, bars, seed),
         originality=dict(
-            takes=shared_passages(loaded.originality, [take.score for _, take, _ in takes]),
-            held_out=shared_passages(loaded.originality, openings),
+            takes=shared_passages(index, [take.score for _, take, _ in takes]),
+            held_out=shared_passages(index, openings),
         ),
     )
     return result, takes, trained
 
-
+# %% ../nbs/06_evaluate.ipynb #fd4b1df9
 def evaluate(
     layout: Layout,
     samples: int,  # takes that are shown and compared with real music

@@ -45,7 +45,7 @@ def _check_limits(limits: dict[str, float]):
         if isinstance(limit, bool) or not isinstance(limit, (int, float)):
             raise Rejection(f"the limit of threshold {name} is {limit!r}; it takes a number")
 
-
+# %% ../nbs/07_test.ipynb #23f7e652
 def check_thresholds(
     limits: dict[str, float],  # by the names of `THRESHOLDS`
     measured: dict[str, float | None],  # values by name; None where there was nothing to measure
@@ -99,7 +99,7 @@ def stored_measurements(layout: Layout) -> dict:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Rejection(f"{layout.examination} is not what the test stage wrote") from None
 
-
+# %% ../nbs/07_test.ipynb #46a086e9
 def _evaluated_key_share(layout: Layout, name: str) -> float | None:
     "The share of varied requests in their key, if the model with this hash was evaluated."
     if not layout.evaluation.exists():
@@ -124,6 +124,19 @@ def _measurements(layout: Layout, trained: Trained, samples: int, bars: int) -> 
         return measurements
     mine = measure_model(trained, samples, bars, mine.get("likelihood"))
     return measurements | {name: mine}
+
+# %% ../nbs/07_test.ipynb #335b4298
+def _reject_missed(lines: list[dict]):
+    "Raises `Rejection` with every threshold that is missed, if there is one."
+    missed = [
+        f"{line['name']} is {line['value']}, its limit is {line['sign']} {line['limit']}"
+        for line in lines
+        if not line["holds"]
+    ]
+    if missed:
+        raise Rejection(
+            f"the model misses {len(missed)} of {len(lines)} thresholds: " + "; ".join(missed)
+        )
 
 # %% ../nbs/07_test.ipynb #4e83cc2c
 def test_model(
@@ -154,16 +167,3 @@ def test_model(
     write_atomic(layout.models / "README.md", model_card(layout))
     _reject_missed(lines)
     return result
-
-
-def _reject_missed(lines: list[dict]):
-    "Raises `Rejection` with every threshold that is missed, if there is one."
-    missed = [
-        f"{line['name']} is {line['value']}, its limit is {line['sign']} {line['limit']}"
-        for line in lines
-        if not line["holds"]
-    ]
-    if missed:
-        raise Rejection(
-            f"the model misses {len(missed)} of {len(lines)} thresholds: " + "; ".join(missed)
-        )

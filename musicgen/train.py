@@ -60,7 +60,7 @@ def _claim_checkpoint(layout: Layout, corpus: Corpus, init: dict):
     layout.last.unlink(missing_ok=True)
     write_atomic(note, names)
 
-
+# %% ../nbs/05_train.ipynb #5724cf67
 def _write_history(layout: Layout, history: list[dict]):
     "Writes the history as CSV, one line an epoch."
     out = io.StringIO()
@@ -70,15 +70,12 @@ def _write_history(layout: Layout, history: list[dict]):
     write_atomic(layout.history, out.getvalue())
 
 # %% ../nbs/05_train.ipynb #d602d606
-FINE_TUNING_RATE = 0.2  # of the learning rate that tuning found
-
-
 def _with_sources(shape: MusicLSTMConfig, sources: tuple[str, ...]) -> MusicLSTMConfig:
     "The shape with more sources; those that it has keep their places."
     new = tuple(source for source in sources if source not in shape.sources)
     return replace(shape, sources=shape.sources + new)
 
-
+# %% ../nbs/05_train.ipynb #5d62adaa
 def load_initial_model(layout: Layout, init_from: str, corpus: Corpus) -> tuple[MusicLSTM, dict]:
     """The model of a file with the sources of a corpus added, and what its provenance will say.
 
@@ -116,10 +113,23 @@ def _prepare(
 ) -> tuple[MusicLSTM, dict]:
     "The model to begin with, on its device, and what its provenance will say of its beginning."
     torch.manual_seed(seed)
-    model, init = MusicLSTM(shape), {}
+    model, init = MusicLSTM(shape), dict[str, dict]()
     if init_from:
         model, init = load_initial_model(layout, init_from, corpus)
     return model.to(_device()) if torch.cuda.is_available() else model, init
+
+# %% ../nbs/05_train.ipynb #34cd901d
+FINE_TUNING_RATE = 0.2  # of the learning rate that tuning found
+
+
+def _announce(model: MusicLSTM, settings: TrainingSettings):
+    "Prints how large the model and the run are."
+    size = sum(p.numel() for p in model.parameters())
+    print(
+        f"train: {size:,} parameters, {settings.rounds} epochs of {settings.steps} steps, "
+        f"batch {settings.batch} x {settings.length}, learning rate {settings.lr:g}",
+        flush=True,
+    )
 
 # %% ../nbs/05_train.ipynb #e565aa6b
 def train(
@@ -164,16 +174,6 @@ def train(
         _write_history(layout, history)
     return history
 
-
-def _announce(model: MusicLSTM, settings: TrainingSettings):
-    "Prints how large the model and the run are."
-    size = sum(p.numel() for p in model.parameters())
-    print(
-        f"train: {size:,} parameters, {settings.rounds} epochs of {settings.steps} steps, "
-        f"batch {settings.batch} x {settings.length}, learning rate {settings.lr:g}",
-        flush=True,
-    )
-
 # %% ../nbs/05_train.ipynb #aca620b5
 def _arguments(args: list[str] | None) -> argparse.Namespace:
     "The root and the config, from the command line."
@@ -187,7 +187,7 @@ def _arguments(args: list[str] | None) -> argparse.Namespace:
     )
     return parser.parse_args(args)
 
-
+# %% ../nbs/05_train.ipynb #f6c9139d
 def main(args: list[str] | None = None):  # of the command line
     "Trains in as many processes as `torchrun` has started."
     import yaml

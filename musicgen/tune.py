@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -26,15 +27,6 @@ from .model.study import SAMPLERS, Study, grid_points
 from .model.trainer import TrainingSettings, fit
 
 # %% ../nbs/04_tune.ipynb #0c883826
-AXES = dict(learning_rate=float, batch=int, length=int)  # what is tuned
-
-
-def parse_grid(learning_rates: str, batches: str, lengths: str) -> dict[str, list]:
-    "The values of each axis of `AXES`. Raises `Rejection` for a value that is no number above 0."
-    texts = zip(AXES.items(), (learning_rates, batches, lengths))
-    return {name: _numbers(name, text, kind) for (name, kind), text in texts}
-
-
 def _numbers(name: str, text: str, kind: type) -> list:
     "The numbers in a text with commas between them, sorted, each once."
     try:
@@ -44,6 +36,15 @@ def _numbers(name: str, text: str, kind: type) -> list:
     if numbers[0] <= 0:
         raise Rejection(f"{name} {numbers[0]} is not above 0")
     return numbers
+
+# %% ../nbs/04_tune.ipynb #7c6aab3e
+AXES = dict(learning_rate=float, batch=int, length=int)  # what is tuned
+
+
+def parse_grid(learning_rates: str, batches: str, lengths: str) -> dict[str, list]:
+    "The values of each axis of `AXES`. Raises `Rejection` for a value that is no number above 0."
+    texts = zip(AXES.items(), (learning_rates, batches, lengths))
+    return {name: _numbers(name, text, kind) for (name, kind), text in texts}
 
 # %% ../nbs/04_tune.ipynb #4dd0f795
 def trial_settings(
@@ -66,7 +67,7 @@ def trial_settings(
     )
 
 # %% ../nbs/04_tune.ipynb #8b7c3e12
-def validation_sample(pieces: list[Piece], rows: int) -> list[Piece]:
+def validation_sample(pieces: Sequence[Piece], rows: int) -> Sequence[Piece]:
     "About `rows` rows of music, in whole pieces, evenly spaced in `pieces`."
     total = sum(len(p.rows) for p in pieces)
     if total <= rows:
@@ -144,7 +145,7 @@ def _trial_rows(trials: list) -> list[dict]:
     by_axes = lambda row: [row[axis] for axis in AXES]
     return sorted(rows, key=lambda r: (_ENDS.index(r["end"]), r["loss"] or 0, *by_axes(r)))
 
-
+# %% ../nbs/04_tune.ipynb #2d584fde
 def _csv(rows: list[dict]) -> str:
     "Rows as CSV, headed by their keys."
     out = io.StringIO()
@@ -152,6 +153,11 @@ def _csv(rows: list[dict]) -> str:
     table.writeheader()
     table.writerows(rows)
     return out.getvalue()
+
+# %% ../nbs/04_tune.ipynb #9971cd9f
+def _name(settings: dict) -> str:
+    "The name of the study with these settings."
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/04_tune.ipynb #5d483aac
 def tune(
@@ -169,7 +175,6 @@ def tune(
 ) -> list[dict]:
     """The trials, the best first; writes `best.json` and `trials.csv`.
 
-    The study is named after all that a loss depends on: another corpus or setting is another study.
     Raises `Rejection` for values that do not fit, an empty split, or when all trials diverged."""
     corpus, grid = Corpus(layout), parse_grid(learning_rates, batches, lengths)
     settings = dict(
@@ -180,9 +185,8 @@ def tune(
     for split in ("train", "valid"):
         if not corpus.pieces(split):
             raise Rejection(f"{layout.index} holds 0 {split} pieces; tuning needs 1")
-    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     objective = partial(_objective, layout, settings)
-    study = Study(layout.study, name, sampler, grid, count, seed, objective)
+    study = Study(layout.study, _name(settings), sampler, grid, count, seed, objective)
     study.run(workers)
     rows = _trial_rows(study.trials("COMPLETE", "PRUNED"))
     if rows[0]["end"] != "complete":

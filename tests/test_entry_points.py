@@ -1,4 +1,4 @@
-"""One request, four doors: the same bytes, and the same sentence when it is refused."""
+"""One request, four entry points: the same bytes, and the same sentence when it is rejected."""
 
 import base64
 import html
@@ -22,6 +22,7 @@ import psutil
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
+from models import write_untrained
 
 from musicgen.cli import main
 from musicgen.core import SHIPPED_MODEL, Layout, Rejection
@@ -31,7 +32,7 @@ from musicgen.generation.instruments import instruments
 from musicgen.generation.loader import open_model
 from musicgen.generation.receipt import verify
 from musicgen.generation.request import Request
-from musicgen.music.midi import read_midi
+from musicgen.music.score import read_midi
 from musicgen.serve import make_app
 
 ASKED = dict(
@@ -58,39 +59,25 @@ WRONG = [
 ]
 
 
-def write_untrained(layout: Layout, seed: int = 0):
-    "A model that has learnt nothing, and has loud opinions."
-    import torch
-
-    from musicgen.model.files import save_model
-    from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig
-
-    torch.manual_seed(seed)
-    model = MusicLSTM(MusicLSTMConfig(hidden=32, head=16, sources=("lesson",)))
-    for p in model.parameters():
-        p.data *= 3
-    save_model(model, layout.model)
-
-
 @pytest.fixture(scope="module")
-def house(tmp_path_factory) -> Layout:
+def root(tmp_path_factory) -> Layout:
     "A root that holds nothing but a model."
-    layout = Layout(tmp_path_factory.mktemp("a house"))
+    layout = Layout(tmp_path_factory.mktemp("a root"))
     write_untrained(layout)
     return layout
 
 
 @pytest.fixture(scope="module")
-def api(house):
-    "The REST door of the house."
-    with TestClient(make_app(house)) as opened:
+def api(root):
+    "The API of the root."
+    with TestClient(make_app(root)) as opened:
         yield opened
 
 
-def options(asked: dict) -> list[str]:
+def options(fields: dict) -> list[str]:
     "A request as words for the shell."
     words = []
-    for name, value in asked.items():
+    for name, value in fields.items():
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         words += ["--" + name.replace("_", "-"), text]
     return words
@@ -103,20 +90,20 @@ def shell(*words) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def music(house) -> bytes:
-    "What the one door gives for `ASKED`."
-    return generate(open_model(house), Request.from_dict(ASKED))[0].midi
+def music(root) -> bytes:
+    "What `generate` makes of `ASKED`."
+    return generate(open_model(root), Request.from_dict(ASKED))[0].midi
 
 
-def test_the_music_is_what_was_asked(music):
+def test_the_music_is_as_asked(music):
     score = read_midi(music)
     assert [p.name for p in score.parts] == ["Violin 1", "Violin 2", "Cello", "Drums"]
     assert score.metre == (3, 4) and round(score.bpm, 2) == 84
     assert len(score.bar_lines()) == 4 and len(score.notes) > 4
 
 
-def test_shell_gives_the_same_bytes(house, music, tmp_path):
-    done = shell("generate", "--root", house.root, *options(ASKED), "-o", tmp_path / "out.mid")
+def test_shell_gives_the_same_bytes(root, music, tmp_path):
+    done = shell("generate", "--root", root.root, *options(ASKED), "-o", tmp_path / "out.mid")
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "no progress in a pipe"
     assert done.stdout.startswith(str(tmp_path / "out.mid")) and done.stdout.count("\n") == 1
@@ -124,43 +111,41 @@ def test_shell_gives_the_same_bytes(house, music, tmp_path):
     assert os.listdir(tmp_path) == ["out.mid"]
 
 
-def test_rest_gives_the_same_bytes(api, music):
+def test_api_gives_the_same_bytes(api, music):
     answer = api.post("/generate", json=ASKED)
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"].split(";")[0] == "audio/midi"
     assert answer.content == music
 
 
-def played(desk, asked: dict) -> list[bytes]:
-    "The MIDI bytes behind the links of a panel whose widgets were set to what is asked."
-    desk.warm.join(60)
-    desk.controls.fresh.value = False  # or each press takes a seed of its own
-    desk.picker.show(asked["instruments"])
-    for name, value in asked.items():
+def generated(page: Dashboard, fields: dict) -> list[bytes]:
+    "The MIDI files behind the links of a page whose controls were set to a request."
+    page.warm.join(60)
+    page.controls.fresh.value = False  # or each press takes a seed of its own
+    page.picker.show(fields["instruments"])
+    for name, value in fields.items():
         if name != "instruments":
-            desk.controls.of[name].value = value
-    desk.play()
-    desk.thread.join(120)
-    links = [
-        re.findall(r'href="data:audio/midi;base64,([^"]+)"', card.value)
-        for card in desk.takes.children
-    ]
-    return [base64.b64decode(found) for links_of_one in links for found in links_of_one]
+            page.controls.of[name].value = value
+    page.play()
+    page.thread.join(120)
+    link = re.compile(r'href="data:audio/midi;base64,([^"]+)"')
+    links = [data for card in page.takes.children for data in link.findall(card.value)]
+    return [base64.b64decode(data) for data in links]
 
 
-def test_panel_gives_the_same_bytes(house, music):
-    assert played(Dashboard(house), ASKED) == [music]
+def test_page_gives_the_same_bytes(root, music):
+    assert generated(Dashboard(root), ASKED) == [music]
 
 
-def test_panel_gives_the_same_bytes_through_the_api(house, address, music, tmp_path):
-    "As docker compose sets it: the panel has no model of its own and asks the service."
-    assert played(Dashboard(Layout(tmp_path), api=address), ASKED) == [music]
+def test_page_gives_the_same_bytes_through_the_api(root, address, music, tmp_path):
+    "As docker compose sets it: the page has no model of its own and asks the service."
+    assert generated(Dashboard(Layout(tmp_path), api=address), ASKED) == [music]
 
 
 @pytest.fixture(scope="module")
-def address(house):
+def address(root):
     "A service that listens, on a port that was free."
-    server = uvicorn.Server(uvicorn.Config(make_app(house), port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(make_app(root), port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started and thread.is_alive():
@@ -171,82 +156,83 @@ def address(house):
 
 
 @pytest.fixture
-def nobody_plays(monkeypatch):
+def no_model(monkeypatch):
     "The settings name a model that is not there, so that the one that ships does not step in."
     monkeypatch.setenv("MUSICGEN_PATHS_MODEL", "nowhere.safetensors")
 
 
-def test_panel_refuses_with_the_same_sentence(house, tmp_path, monkeypatch):
-    with pytest.raises(Rejection) as refused:
-        Request(instruments=["Flute"] * 17)
-    desk = Dashboard(house)
-    assert played(desk, dict(instruments=["Flute"] * 17)) == []
-    assert refused.value.sentence.lower() in html.unescape(desk.message.value).lower()
+def rejection_of(root: Layout, fields: dict) -> str:
+    "The sentence with which a request is rejected in Python."
+    with pytest.raises(Rejection) as rejection:
+        generate(open_model(root), Request.from_dict(fields))
+    return rejection.value.sentence
+
+
+def test_page_rejects_with_the_same_sentence(root, tmp_path, monkeypatch):
+    sentence = rejection_of(root, dict(instruments=["Flute"] * 17))
+    page = Dashboard(root)
+    assert generated(page, dict(instruments=["Flute"] * 17)) == []
+    assert sentence.lower() in html.unescape(page.message.value).lower()
     monkeypatch.setenv("MUSICGEN_PATHS_MODEL", "nowhere.safetensors")
     empty = Dashboard(Layout(tmp_path))
-    assert played(empty, dict(bars=1, instruments=["Flute"])) == []
+    assert generated(empty, dict(bars=1, instruments=["Flute"])) == []
     assert "no model at" in html.unescape(empty.message.value)
     assert not empty.go.disabled, "it can be tried again"
 
 
-def test_takes_are_the_same_through_all_doors(house, tmp_path):
-    asked = ASKED | dict(takes=3, bars=2)
-    ours = [take.midi for take in generate(open_model(house), Request.from_dict(asked))]
+def test_shell_gives_the_same_takes(root, tmp_path):
+    fields = ASKED | dict(takes=3, bars=2)
+    ours = [take.midi for take in generate(open_model(root), Request.from_dict(fields))]
     assert len(set(ours)) == 3
     status = main(
-        ["generate", "--root", str(house.root), *options(asked), "-o", str(tmp_path / "out.mid")]
+        ["generate", "--root", str(root.root), *options(fields), "-o", str(tmp_path / "out.mid")]
     )
     assert status == 0
     assert [(tmp_path / f"out-{k}.mid").read_bytes() for k in (1, 2, 3)] == ours
 
 
-def test_rest_gives_the_same_takes(house, api):
-    asked = ASKED | dict(takes=3, bars=2)
-    ours = [take.midi for take in generate(open_model(house), Request.from_dict(asked))]
-    answer = api.post("/generate", json=asked)
+def test_api_gives_the_same_takes(root, api):
+    fields = ASKED | dict(takes=3, bars=2)
+    ours = [take.midi for take in generate(open_model(root), Request.from_dict(fields))]
+    answer = api.post("/generate", json=fields)
     assert answer.headers["content-type"] == "application/zip"
     with zipfile.ZipFile(io.BytesIO(answer.content)) as z:
         assert [z.read(n) for n in sorted(z.namelist()) if n.endswith(".mid")] == ours
 
 
-def test_a_file_is_made_again_and_known_again(house, music, tmp_path):
-    studio = open_model(house)
-    assert regenerate(studio, music).midi == music
-    assert verify(music, studio)["verdict"] == "ours, untouched"
-    (tmp_path / "one.mid").write_bytes(music)
-    root = ["--root", house.root]
-    assert shell("verify", tmp_path / "one.mid", *root).returncode == 0
-    assert shell("regenerate", tmp_path / "one.mid", *root).returncode == 0
+def test_a_file_is_made_again_and_verified(root, music, tmp_path):
+    model, file, option = open_model(root), tmp_path / "one.mid", ["--root", root.root]
+    assert regenerate(model, music).midi == music
+    assert verify(music, model)["verdict"] == "ours, untouched"
+    file.write_bytes(music)
+    assert shell("verify", file, *option).returncode == 0
+    assert shell("regenerate", file, *option).returncode == 0
     assert (tmp_path / "one-again.mid").read_bytes() == music
-    same = shell("regenerate", tmp_path / "one.mid", "-o", tmp_path / "one.mid", *root)
-    assert same.returncode == 2 and (tmp_path / "one.mid").read_bytes() == music
+    same = shell("regenerate", file, "-o", file, *option)
+    assert same.returncode == 2 and file.read_bytes() == music
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda w: "-".join(map(str, w)))
-def test_a_refusal_is_the_same_sentence(house, wrong, capsys, tmp_path):
+def test_a_rejection_is_the_same_sentence(root, wrong, capsys, tmp_path):
     "In Python and in the shell: one sentence, status 2, nothing written."
-    with pytest.raises(Rejection) as refused:
-        generate(open_model(house), Request.from_dict(wrong))
-    sentence = refused.value.sentence
+    sentence = rejection_of(root, wrong)
     status = main(
-        ["generate", "--root", str(house.root), *options(wrong), "-o", str(tmp_path / "out.mid")]
+        ["generate", "--root", str(root.root), *options(wrong), "-o", str(tmp_path / "out.mid")]
     )
-    said = capsys.readouterr()
-    assert (status, said.out, said.err) == (2, "", f"musicgen: {sentence}\n")
+    printed = capsys.readouterr()
+    assert (status, printed.out, printed.err) == (2, "", f"musicgen: {sentence}\n")
     assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda w: "-".join(map(str, w)))
-def test_rest_refuses_with_the_same_sentence(house, api, wrong):
-    with pytest.raises(Rejection) as refused:
-        generate(open_model(house), Request.from_dict(wrong))
+def test_api_rejects_with_the_same_sentence(root, api, wrong):
     answer = api.post("/generate", json=wrong)
     assert answer.status_code == 422, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
-    assert answer.json()["detail"] == refused.value.sentence
+    assert answer.json()["detail"] == rejection_of(root, wrong)
 
 
-def test_rest_refuses_what_is_no_request(api):
+def test_api_rejects_what_is_no_request(api):
     for body in (
         b"",
         b"{",
@@ -262,7 +248,7 @@ def test_rest_refuses_what_is_no_request(api):
         assert 5 < len(answer.json()["detail"]) < 400 and "\n" not in answer.json()["detail"]
 
 
-def test_no_model_is_the_fault_of_the_service(tmp_path, nobody_plays):
+def test_no_model_is_the_fault_of_the_service(tmp_path, no_model):
     done = shell("generate", "--root", tmp_path, "-o", tmp_path / "out.mid")
     assert done.returncode == 3 and "there is no model" in done.stderr
     assert done.stderr.count("\n") == 1 and done.stdout == "" and not os.listdir(tmp_path)
@@ -271,37 +257,26 @@ def test_no_model_is_the_fault_of_the_service(tmp_path, nobody_plays):
 def test_the_model_that_ships_plays_where_nothing_was_trained(tmp_path):
     "An empty root: the shell makes music all the same, and the file can be made again."
     out = tmp_path / "out.mid"
-    done = shell(
-        "generate",
-        "--root",
-        tmp_path,
-        "--instruments",
-        "Violin,Cello",
-        "--bars",
-        "4",
-        "--seed",
-        "7",
-        "-o",
-        out,
-    )
+    words = options(dict(instruments=["Violin", "Cello"], bars=4, seed=7))
+    done = shell("generate", "--root", tmp_path, *words, "-o", out)
     assert done.returncode == 0, done.stderr
     assert verify(out.read_bytes(), open_model(Layout(tmp_path)))["verdict"] == "ours, untouched"
     assert SHIPPED_MODEL.stat().st_size <= 16e6 and (SHIPPED_MODEL.parent / "README.md").exists()
 
 
-def test_no_model_is_503(tmp_path, nobody_plays):
+def test_no_model_is_503(tmp_path, no_model):
     with TestClient(make_app(Layout(tmp_path))) as api:
         answer = api.post("/generate", json=dict(bars=1))
         assert answer.status_code == 503 and "there is no model" in answer.text
         assert api.get("/instruments").status_code == 200
 
 
-def test_rest_lists_who_can_play(api):
+def test_api_lists_the_instruments(api):
     assert api.get("/instruments").json() == instruments()
     assert api.get("/health").status_code == 200
 
 
-# What the REST door has beside music: forms of an answer, limits, and clients that misbehave.
+# What the API has beside music: media types, limits, and clients that misbehave.
 
 LONG = dict(instruments=["Piano"] * 16, bars=64, takes=8, time_signature="16/4")
 
@@ -312,14 +287,14 @@ def listening(layout, **settings):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    given = {
+    settings = {
         f"MUSICGEN_API_{name}".upper(): str(value)
         for name, value in dict(settings, port=port).items()
     }
     process = subprocess.Popen(
         [sys.executable, "-c", "from musicgen.serve import run; run()"],
         text=True,
-        env=os.environ | given | dict(MUSICGEN_ROOT=str(layout.root), PYTHONUNBUFFERED="1"),
+        env=os.environ | settings | dict(MUSICGEN_ROOT=str(layout.root), PYTHONUNBUFFERED="1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
@@ -344,33 +319,29 @@ def inside(address: str) -> int:
     return httpx.get(address + "/health").json()["inside"]
 
 
-def until(true, seconds: float = 20):
-    "Waits for something that shall become true."
+def until(condition, seconds: float = 20):
+    "Waits until a condition holds."
     end = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
 
 
-def test_all_forms_hold_the_same_bytes(api, house, music):
-    ask = lambda accept, asked=ASKED, **more: api.post(
-        "/generate", json=asked, headers={"Accept": accept}, **more
+def test_all_media_hold_the_same_bytes(api, root, music):
+    ask = lambda accept, fields=ASKED: api.post(
+        "/generate", json=fields, headers={"Accept": accept}
     )
-    told = ask("application/json").json()["takes"]
-    assert [base64.b64decode(take["midi"]) for take in told] == [music]
-    assert (
-        told[0]["receipt"]["request"]
-        == told[0]["report"]["asked"]
-        == Request.from_dict(ASKED).to_dict()
-    )
-    said = ask("text/event-stream").text
-    events = re.findall(r"event: (\w+)\ndata: (.*)\n\n", said)
+    takes = ask("application/json").json()["takes"]
+    assert [base64.b64decode(take["midi"]) for take in takes] == [music]
+    request = Request.from_dict(ASKED).to_dict()
+    assert takes[0]["receipt"]["request"] == takes[0]["report"]["asked"] == request
+    stream = ask("text/event-stream").text
+    events = re.findall(r"event: (\w+)\ndata: (.*)\n\n", stream)
     assert [json.loads(data) for name, data in events if name == "bar"] == [
         dict(done=k, bars=3) for k in (1, 2, 3)
     ]
-    assert [name for name, _ in events[3:]] == ["takes"] and json.loads(events[3][1])[
-        "takes"
-    ] == told
+    assert [name for name, _ in events[3:]] == ["takes"]
+    assert json.loads(events[3][1])["takes"] == takes
     with zipfile.ZipFile(io.BytesIO(ask("application/zip").content)) as archive:
         assert archive.read("take-1.mid") == music
     short = dict(bars=1, tempo=300)
@@ -384,9 +355,7 @@ def test_all_forms_hold_the_same_bytes(api, house, music):
         answer = ask(media, short)
         assert answer.headers["content-type"] == media and answer.content.startswith(start)
         assert len(answer.content) > 500
-        assert ask(media, short).content == answer.content, (
-            "the same request, the same bytes, in every form"
-        )
+        assert ask(media, short).content == answer.content, f"{media}: other bytes the second time"
     two = ask("image/png", short | dict(takes=2))
     with zipfile.ZipFile(io.BytesIO(two.content)) as archive:
         assert archive.namelist() == ["take-1.png", "take-2.png", "report.json"]
@@ -395,12 +364,12 @@ def test_all_forms_hold_the_same_bytes(api, house, music):
     assert api.post("/verify", content=music).json()["verdict"] == "ours, untouched"
 
 
-def test_a_form_says_what_json_says(api, music):
-    "With an opening of the allowed size the report still comes along."
-    asked = dict(bars=2, seed=5, temperature=1.2)
-    plain = api.post("/generate", json=asked | dict(opening=base64.b64encode(music).decode()))
+def test_a_form_is_read_as_json_is(api, music):
+    "The report comes along even with an opening of the largest size."
+    fields = dict(bars=2, seed=5, temperature=1.2)
+    plain = api.post("/generate", json=fields | dict(opening=base64.b64encode(music).decode()))
     form = api.post(
-        "/generate", data=asked | dict(key=""), files=dict(opening=("x.mid", music, "audio/midi"))
+        "/generate", data=fields | dict(key=""), files=dict(opening=("x.mid", music, "audio/midi"))
     )
     assert plain.status_code == form.status_code == 200 and plain.content == form.content
     assert json.loads(plain.headers["x-musicgen-report"])["came"]["bars"] == 2
@@ -429,7 +398,7 @@ def test_a_form_says_what_json_says(api, music):
         )
 
 
-def test_a_known_answer_is_not_played_again(api, monkeypatch):
+def test_a_cached_answer_is_not_generated_again(api, monkeypatch):
     first = api.post("/generate", json=ASKED)
     tags = {
         first.headers["etag"],
@@ -437,9 +406,9 @@ def test_a_known_answer_is_not_played_again(api, monkeypatch):
         api.post("/generate", json=ASKED, headers={"Accept": "application/json"}).headers["etag"],
     }
     assert len(tags) == 3 and first.headers["vary"] == "Accept"
-    monkeypatch.setattr("musicgen.app.jobs.Players.submit", None)  # whoever plays now fails
-    for said in (first.headers["etag"], f'"other", W/{first.headers["etag"]}', "*"):
-        again = api.post("/generate", json=ASKED, headers={"If-None-Match": said})
+    monkeypatch.setattr("musicgen.app.jobs.WorkerPool.submit", None)  # a job would fail
+    for named in (first.headers["etag"], f'"other", W/{first.headers["etag"]}', "*"):
+        again = api.post("/generate", json=ASKED, headers={"If-None-Match": named})
         assert (
             again.status_code == 304
             and not again.content
@@ -447,15 +416,15 @@ def test_a_known_answer_is_not_played_again(api, monkeypatch):
         )
 
 
-def test_a_client_that_leaves_frees_its_player(house):
-    "While it is played, while it waits, and while it hears of the bars; then the next one is played at once."
-    with listening(house, players=1) as (address, _):
+def test_a_client_that_leaves_frees_its_worker(root):
+    "While its job runs, waits, or streams its bars; the next job runs at once."
+    with listening(root, players=1) as (address, _):
         where = address.removeprefix("http://").split(":")
         body = json.dumps(LONG).encode()
         for accept in ("audio/midi", "text/event-stream"):
             head = (
-                f"POST /generate HTTP/1.1\r\nHost: x\r\nAccept: {accept}\r\nContent-Type: application/json\r\n"
-                f"Content-Length: {len(body)}\r\n\r\n"
+                f"POST /generate HTTP/1.1\r\nHost: x\r\nAccept: {accept}\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             )
             lines = [
                 socket.create_connection((where[0], int(where[1]))) for _ in range(3)
@@ -470,9 +439,9 @@ def test_a_client_that_leaves_frees_its_player(house):
         assert httpx.post(address + "/generate", json=dict(bars=1), timeout=60).status_code == 200
 
 
-def test_clients_that_say_nothing_hold_nobody(house):
-    "Half a head, half a body, nothing at all: others are served, and the silent ones are shut out in time."
-    with listening(house, patience=1) as (address, _):
+def test_silent_clients_block_nobody(root):
+    "Half a head, half a body, nothing at all: others are served, and the silent ones time out."
+    with listening(root, patience=1) as (address, _):
         where = address.removeprefix("http://").split(":")
         lines = [socket.create_connection((where[0], int(where[1])), timeout=30) for _ in range(90)]
         for line in lines[:30]:
@@ -483,13 +452,14 @@ def test_clients_that_say_nothing_hold_nobody(house):
                 b"Content-Length: 99\r\n\r\n{"
             )
         assert httpx.post(address + "/generate", json=dict(bars=1), timeout=60).status_code == 200
-        said = [line.recv(99) for line in lines]
-        assert all(b" 408 " in text for text in said[30:60]) and not any(said[:30] + said[60:])
+        answers = [line.recv(99) for line in lines]
+        assert all(b" 408 " in text for text in answers[30:60])
+        assert not any(answers[:30] + answers[60:])
         assert inside(address) == 0
 
 
-def test_a_key_a_name_and_a_line_in_the_log(house):
-    with listening(house, key="sesame", cors="https://a.example") as (address, process):
+def test_a_key_an_id_and_a_line_in_the_log(root):
+    with listening(root, key="sesame", cors="https://a.example") as (address, process):
         assert httpx.get(address + "/health").status_code == 200
         closed = httpx.get(address + "/instruments", headers={"Origin": "https://a.example"})
         assert (
@@ -497,8 +467,8 @@ def test_a_key_a_name_and_a_line_in_the_log(house):
             and closed.headers["access-control-allow-origin"] == "https://a.example"
         )
         assert closed.headers["content-type"] == "application/problem+json"
-        for shown in ({"X-API-Key": "sesame"}, {"Authorization": "Bearer sesame"}):
-            assert httpx.get(address + "/instruments", headers=shown).status_code == 200
+        for key in ({"X-API-Key": "sesame"}, {"Authorization": "Bearer sesame"}):
+            assert httpx.get(address + "/instruments", headers=key).status_code == 200
         named = httpx.post(
             address + "/generate",
             json=dict(bars=1),
@@ -513,30 +483,32 @@ def test_a_key_a_name_and_a_line_in_the_log(house):
             named.headers["x-request-id"] == "take-five"
             and "access-control-allow-origin" not in named.headers
         )
-        counted = httpx.get(address + "/metrics", headers={"X-API-Key": "sesame"}).text
-        assert 'musicgen_requests_total{path="/generate",status="200"} 1.0' in counted
-        assert "musicgen_bars_total 1.0" in counted
+        counts = httpx.get(address + "/metrics", headers={"X-API-Key": "sesame"}).text
+        assert 'musicgen_requests_total{path="/generate",status="200"} 1.0' in counts
+        assert "musicgen_bars_total 1.0" in counts
         process.terminate()
-        said, _ = process.communicate(timeout=60)
-    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+        log, _ = process.communicate(timeout=60)
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     (line,) = [line for line in lines if line["id"] == "take-five"]
     assert (
         line["path"] == "/generate"
         and line["status"] == 200
         and line["bytes"] == len(named.content)
     )
-    assert "sesame" not in said and len({line["id"] for line in lines}) == len(lines) >= 5
+    assert "sesame" not in log and len({line["id"] for line in lines}) == len(lines) >= 5
 
 
-def test_the_end_waits_for_what_plays(house):
-    "Asked to end, the service finishes the music, lets nobody else in, and leaves no process behind."
-    with listening(house) as (address, process):
-        mine = psutil.Process(process.pid)
-        until(lambda: mine.children())
-        players, got = mine.children(), []
-        asked = dict(instruments=["Piano"] * 8, bars=32, takes=2)
+def test_a_shutdown_waits_for_running_jobs(root):
+    "Asked to end, the service finishes the job, accepts no other, and leaves no process behind."
+    with listening(root) as (address, process):
+        service = psutil.Process(process.pid)
+        until(lambda: service.children())
+        workers, answers = service.children(), []
+        fields = dict(instruments=["Piano"] * 8, bars=32, takes=2)
         thread = threading.Thread(
-            target=lambda: got.append(httpx.post(address + "/generate", json=asked, timeout=120))
+            target=lambda: answers.append(
+                httpx.post(address + "/generate", json=fields, timeout=120)
+            )
         )
         thread.start()
         until(lambda: inside(address) == 1)
@@ -547,20 +519,21 @@ def test_the_end_waits_for_what_plays(house):
                 time.sleep(0.05)
         thread.join(120)
         process.communicate(timeout=60)
-    assert got[0].status_code == 200 and got[0].headers["content-type"] == "application/zip"
-    assert process.returncode in (0, -signal.SIGTERM) and not psutil.wait_procs(players, 10)[1]
+    assert answers[0].status_code == 200
+    assert answers[0].headers["content-type"] == "application/zip"
+    assert process.returncode in (0, -signal.SIGTERM) and not psutil.wait_procs(workers, 10)[1]
 
 
-def test_players_that_are_killed_lose_nothing(house, music):
-    "Each time somebody kills all players the music comes all the same."
-    with listening(house) as (address, process):
+def test_killed_workers_lose_nothing(root, music):
+    "All worker processes are killed three times, and the music comes all the same."
+    with listening(root) as (address, process):
         for _ in range(3):
-            for player in psutil.Process(process.pid).children():
-                player.kill()
+            for worker in psutil.Process(process.pid).children():
+                worker.kill()
             assert httpx.post(address + "/generate", json=ASKED, timeout=60).content == music
 
 
-def test_schemathesis_finds_nothing(house):
+def test_schemathesis_finds_nothing(root):
     "Every operation of the OpenAPI document, with data that fits it and data that does not."
     import hypothesis
     import schemathesis
@@ -568,75 +541,62 @@ def test_schemathesis_finds_nothing(house):
 
     as_bytes = lambda ctx, value: value if isinstance(value, bytes) else json.dumps(value).encode()
     schemathesis.serializer("audio/midi")(as_bytes)
-    app = make_app(house)
+    app = make_app(root)
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
-    # what fits the schema may still be no instrument, no key, no MIDI: refused in a sentence, which is looked at here
-    kept_out, seen = [positive_data_acceptance], []
+    # data that fits the schema may still be no instrument, no key, no MIDI: rejected in a sentence
+    excluded, seen = [positive_data_acceptance], []
     modes = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
-    for operation, mode in itertools.product(
-        [found.ok() for found in schema.get_all_operations()], modes
-    ):
+    operations = [operation.ok() for operation in schema.get_all_operations()]
+    for operation, mode in itertools.product(operations, modes):
 
         @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
         @hypothesis.settings(
             max_examples=20,
             deadline=None,
-            derandomize=True,
             database=None,
             suppress_health_check=list(hypothesis.HealthCheck),
         )
-        def asked(case):
-            answer = case.call_and_validate(excluded_checks=kept_out)
+        def call(case):
+            answer = case.call_and_validate(excluded_checks=excluded)
             if answer.status_code == 422:
                 assert 5 < len(answer.json()["detail"]) < 400
             seen.append((case.operation.label, answer.status_code))
 
-        try:
-            asked()
-        except hypothesis.errors.Unsatisfiable:
-            assert mode == modes[1]  # nothing can be wrong in what takes nothing
+        for seed in range(9):
+            try:
+                hypothesis.seed(seed)(call)()
+                break
+            except hypothesis.errors.Unsatisfiable:
+                assert mode == modes[1]  # an operation that takes nothing has no wrong data
+                break
+            except ValueError as error:  # schemathesis stumbles over some of its forms with a file
+                assert "Unsupported type: 'Binary'" in str(error) and seed < 8, f"seed {seed}"
     assert len({label for label, _ in seen}) == 6 and not [s for _, s in seen if s >= 500]
 
 
 def test_a_generated_client_gets_the_same_bytes(address, music, tmp_path):
-    "Made from the OpenAPI document by openapi-python-client, in a second."
+    "A client that openapi-python-client makes from the OpenAPI document."
     (tmp_path / "openapi.json").write_bytes(httpx.get(address + "/openapi.json").content)
-    told = "content_type_overrides: {audio/midi: application/octet-stream}\npost_hooks: []\n"
-    (tmp_path / "how.yaml").write_text(told)
+    config = "content_type_overrides: {audio/midi: application/octet-stream}\npost_hooks: []\n"
+    (tmp_path / "config.yaml").write_text(config)
+    words = "generate --path openapi.json --meta none --config config.yaml --output-path made"
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "openapi_python_client",
-            "generate",
-            "--path",
-            "openapi.json",
-            "--meta",
-            "none",
-            "--config",
-            "how.yaml",
-            "--output-path",
-            "made",
-            "--fail-on-warning",
-        ],
+        [sys.executable, "-m", "openapi_python_client", *words.split(), "--fail-on-warning"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    asks = (
-        tmp_path / "made/api/default/generate.py"
-    )  # 0.29 forgets to import Unset where a body may be of two kinds
-    asks.write_text(
-        asks.read_text().replace("import Response, UNSET\n", "import Response, UNSET, Unset\n")
-    )
+    file = tmp_path / "made/api/default/generate.py"
+    text = file.read_text()  # 0.29 forgets to import Unset where a body may be of two kinds
+    file.write_text(text.replace("import Response, UNSET\n", "import Response, UNSET, Unset\n"))
     code = """import json, sys
 from made import Client
 from made.api.default import generate
-from made.models import Wish
+from made.models import Request
 with Client(sys.argv[1], timeout=60) as client:
-    answer = generate.sync(client=client, body=Wish.from_dict(json.loads(sys.argv[2])))
+    answer = generate.sync(client=client, body=Request.from_dict(json.loads(sys.argv[2])))
 open("out.mid", "wb").write(answer.payload.read())"""
     subprocess.run(
         [sys.executable, "-c", code, address, json.dumps(ASKED)],
@@ -647,81 +607,80 @@ open("out.mid", "wb").write(answer.payload.read())"""
     assert (tmp_path / "out.mid").read_bytes() == music
 
 
-TOLD = """import sys
-from musicgen import cli
-cli._progress = lambda: lambda done, bars: print(done, flush=True)
-sys.exit(cli.main(sys.argv[1:]))"""
+@pytest.mark.skipif(os.name != "posix", reason="a signal and a terminal of POSIX")
+def test_ctrl_c_stops_the_shell_and_leaves_nothing(root, tmp_path):
+    "Pressed in the second bar of 64, as a terminal shows them."
+    import pty
 
-
-@pytest.mark.skipif(os.name != "posix", reason="a signal of POSIX")
-def test_ctrl_c_stops_the_shell_and_leaves_nothing(house, tmp_path):
-    "Pressed in the second bar of 64."
-    words = [
-        "generate",
-        "--root",
-        house.root,
-        "--bars",
-        64,
-        "--takes",
-        8,
-        "--time-signature",
-        "16/4",
-        "--instruments",
-        ",".join(16 * ["Piano"]),
-        "-o",
-        tmp_path / "out.mid",
-    ]
+    words = ["generate", "--root", root.root, *options(LONG), "-o", tmp_path / "out.mid"]
+    terminal, end = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", TOLD, *map(str, words)],
-        text=True,
+        [sys.executable, "-m", "musicgen.cli", *map(str, words)],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=end,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    assert process.stdout.readline() == "1\n"
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 130 and said == "musicgen: stopped; nothing was written\n"
+    os.close(end)
+    with open(terminal, "rb", buffering=0) as screen:
+        shown = b""
+        while b"bar 1 of 64" not in shown:
+            shown += screen.read(64)
+        process.send_signal(signal.SIGINT)
+        try:
+            while block := screen.read(1024):
+                shown += block
+        except OSError:
+            pass  # Linux: the process has closed its end
+    out, _ = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, b"")
+    assert shown.endswith(b"\r\x1b[Kmusicgen: stopped; nothing was written\r\n")
     assert not os.listdir(tmp_path)
 
 
-# What a door costs before it is entered.
+# What importing an entry point costs.
 
-ROOMS = ["generate", "serve", "panel", "cli"]
+ENTRY_POINTS = ["generation.generate", "serve", "dashboard", "cli"]
 HEAVY = ["torch", "pandas", "papermill", "music21", "optuna", "nbformat", "doit"]
 
 
-def test_importing_a_door_loads_nothing_heavy(repo):
-    for room in ROOMS:
-        code = f"import sys, musicgen.{room}\nprint([m for m in {HEAVY} if m in sys.modules])"
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=repo, text=True, capture_output=True
-        )
-        assert done.stdout == "[]\n", f"{room}: {done.stdout}{done.stderr}"
+@pytest.mark.parametrize("module", ENTRY_POINTS)
+def test_importing_an_entry_point_loads_nothing_heavy(repo, module):
+    code = f"import sys, musicgen.{module}\nprint([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=repo, text=True, capture_output=True)
+    assert done.stdout == "[]\n", f"{module}: {done.stdout}{done.stderr}"
+
+
+def test_the_shell_imports_pydantic_only_for_a_request(repo):
+    "It takes as long to import as numpy, and `--help` and `verify` have no use for it."
+    code = "import sys, musicgen.cli, musicgen.generation.loader, musicgen.generation.receipt\n"
+    code += "print([m for m in ('pydantic', 'musicgen.generation.request') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=repo, text=True, capture_output=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
 QUIET = """
-import builtins, io, socket, sys
-def refuse(*args, **more): raise AssertionError(f"a connection at import: {args}")
-socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
-socket.create_connection = refuse
+import builtins, importlib, io, socket, sys
+def reject(*args, **more): raise AssertionError(f"a connection at import: {args}")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = reject
+socket.create_connection = reject
 def watch(event, args):
     if event == "open" and str(args[0]).endswith((".pt", ".safetensors", ".sf2", "settings.ini")):
         print("opened", args[0])
     if event in ("subprocess.Popen", "socket.connect"): print(event, args)
 sys.addaudithook(watch)
-for room in sys.argv[1:]: __import__("musicgen." + room)
+for module in sys.argv[1:]: importlib.import_module("musicgen." + module)
 print("quiet")
 """
 
 
-def test_importing_a_room_asks_nobody_and_opens_no_model(repo, house):
+def test_importing_a_module_connects_to_nothing_and_opens_no_model(repo, root):
     "No network, no model, no SoundFont, no settings, no process: at import nothing happens."
-    rooms = sorted(p.stem for p in (repo / "musicgen").glob("*.py") if p.stem[0] != "_")
-    assert len(rooms) >= 15
+    files = [p.relative_to(repo / "musicgen") for p in (repo / "musicgen").rglob("*.py")]
+    modules = sorted(".".join(f.with_suffix("").parts) for f in files if f.stem[0] != "_")
+    assert len(modules) >= 50
     done = subprocess.run(
-        [sys.executable, "-c", QUIET, *rooms],
-        cwd=house.root,
+        [sys.executable, "-c", QUIET, *modules],
+        cwd=root.root,
         text=True,
         capture_output=True,
         env=os.environ | dict(PYTHONPATH=str(repo)),
@@ -730,22 +689,17 @@ def test_importing_a_room_asks_nobody_and_opens_no_model(repo, house):
 
 
 def test_the_base_brings_what_the_dashboard_stands_on(repo):
-    "Voila and ipywidgets do not name a kernel; without one the page of a light environment is an error."
+    "Voila and ipywidgets name no kernel; without one the page of a light environment is an error."
     import tomllib
 
     base = tomllib.loads((repo / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
     names = {re.match(r"[\w-]+", line)[0] for line in base}
-    kernel = json.loads((repo / "dashboards/generate.ipynb").read_text("utf-8"))["metadata"][
-        "kernelspec"
-    ]["name"]
-    assert (
-        kernel == "python3"
-        and {"voila", "ipywidgets", "ipykernel"} <= names
-        and "torch" not in names
-    )
+    page = json.loads((repo / "dashboards/generate.ipynb").read_text("utf-8"))
+    assert page["metadata"]["kernelspec"]["name"] == "python3"
+    assert {"voila", "ipywidgets", "ipykernel"} <= names and "torch" not in names
 
 
-def test_the_wheel_is_the_base_and_plays_alone(repo, house, music, tmp_path):
+def test_the_wheel_is_the_base_and_plays_alone(repo, root, music, tmp_path):
     "A wheel of this clone, unpacked where the clone is not, with no pandas and no torch: music."
     clone = tmp_path / "clone"
     clone.mkdir()
@@ -756,29 +710,19 @@ def test_the_wheel_is_the_base_and_plays_alone(repo, house, music, tmp_path):
         repo / "musicgen", clone / "musicgen", ignore=shutil.ignore_patterns("__pycache__")
     )
     (clone / "README.md").touch()
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        str(tmp_path / "dist"),
-        str(clone),
-    ]
+    words = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+    build = [sys.executable, *words, "-w", str(tmp_path / "dist"), str(clone)]
     done = subprocess.run(build, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     (wheel,) = (tmp_path / "dist").glob("musicgen-*.whl")
     with zipfile.ZipFile(wheel) as z:
         names = z.namelist()
-        told = z.read(next(n for n in names if n.endswith("METADATA"))).decode()
+        metadata = z.read(next(n for n in names if n.endswith("METADATA"))).decode()
         z.extractall(tmp_path / "site")
     assert not [n for n in names if n.startswith(("nbs", "tests", "data"))]
     needs = [
         line.split(":", 1)[1]
-        for line in told.splitlines()
+        for line in metadata.splitlines()
         if line.startswith("Requires-Dist") and "extra" not in line
     ]
     assert needs and not [n for n in needs if any(h in n for h in ("torch", "pandas", "papermill"))]
@@ -787,7 +731,7 @@ def test_the_wheel_is_the_base_and_plays_alone(repo, house, music, tmp_path):
         "import musicgen; print(musicgen.__file__)\n"
         "from musicgen.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    words = ["generate", "--root", house.root, *options(ASKED), "-o", tmp_path / "out.mid"]
+    words = ["generate", "--root", root.root, *options(ASKED), "-o", tmp_path / "out.mid"]
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, words)],
         text=True,
@@ -802,18 +746,18 @@ def test_the_wheel_is_the_base_and_plays_alone(repo, house, music, tmp_path):
 
 
 def test_the_file_is_read_by_others(music):
-    "mido and pretty_midi see the parts, the metre and the tempo that were asked for."
+    "mido and pretty_midi read the parts, the metre and the tempo that were asked for."
     import mido
     import pretty_midi
 
     plain = mido.MidiFile(file=io.BytesIO(music))
     assert plain.type == 1 and plain.ticks_per_beat == 480 and len(plain.tracks) == 5
-    heard = pretty_midi.PrettyMIDI(io.BytesIO(music))
-    assert [(i.name, i.is_drum) for i in heard.instruments] == [
+    parsed = pretty_midi.PrettyMIDI(io.BytesIO(music))
+    assert [(i.name, i.is_drum) for i in parsed.instruments] == [
         ("Violin 1", False),
         ("Violin 2", False),
         ("Cello", False),
         ("Drums", True),
     ]
-    metre = heard.time_signature_changes[0]
+    metre = parsed.time_signature_changes[0]
     assert (metre.numerator, metre.denominator) == (3, 4)

@@ -9,11 +9,10 @@ import pytest
 from musicgen.core import Layout
 from musicgen.corpus import dataset
 from musicgen.corpus.dataset import write_corpus
-from musicgen.model.piece import make_piece
+from musicgen.model.context import make_piece
 from musicgen.music import passages
-from musicgen.music.edit import transpose
-from musicgen.music.originality import CROWD, PASSAGE, OriginalityIndex
-from musicgen.music.score import DURATION, ONSET, PART, Part, Score, make_score
+from musicgen.music.originality import MIN_EXCERPTS, PASSAGE, OriginalityIndex
+from musicgen.music.score import DURATION, ONSET, PART, Part, Score, make_score, transpose
 from musicgen.music.tokens import Vocab
 
 
@@ -157,7 +156,7 @@ def test_the_baseline_is_the_validation_split(tmp_path):
         for name, seeds in (("one", (500, 800)), ("two", (500, 20)), ("three", (20, 800)))
     )
     mine, same, copied = (OriginalityIndex.load(layout.originality) for layout in (one, two, three))
-    assert np.array_equal(mine.baseline, same.baseline) and len(mine.baseline) == 30 >= CROWD
+    assert np.array_equal(mine.baseline, same.baseline) and len(mine.baseline) == 30 >= MIN_EXCERPTS
     assert mine.baseline[:, 0].max() < PASSAGE <= np.median(copied.baseline[:, 0])
     assert mine.report(piece(4))["percentile"] == 100 > copied.report(piece(4))["percentile"] > 20
     assert one.originality.stat().st_size <= 0.2 * one.corpus.stat().st_size
@@ -175,11 +174,13 @@ def test_a_draw_is_fair_and_the_same_again(monkeypatch):
 
 def test_a_percentile_counts_ties_half(index):
     "Of excerpts that are all alike, half share less than one that is like them."
-    known = index.against(piece(k) for k in range(CROWD))
-    few = index.against(piece(k) for k in range(CROWD - 1))
-    alike = np.tile(known.baseline[:1], (CROWD, 1))
+    known = index.against(piece(k) for k in range(MIN_EXCERPTS))
+    few = index.against(piece(k) for k in range(MIN_EXCERPTS - 1))
+    alike = np.tile(known.baseline[:1], (MIN_EXCERPTS, 1))
     like = OriginalityIndex(known.text, known.starts, known.names, "", alike)
-    copy = piece(int(np.argmin([index.report(piece(k))["longest_notes"] for k in range(CROWD)])))
+    copy = piece(
+        int(np.argmin([index.report(piece(k))["longest_notes"] for k in range(MIN_EXCERPTS)]))
+    )
     single = make_score([(0, 0, 60, 24, 80)], [Part(40)], ticks=24)
     assert few.report(copy)["percentile"] is None is like.report(single)["percentile"]
     assert like.report(piece(2000))["percentile"] == 0 == known.report(piece(2000))["percentile"]

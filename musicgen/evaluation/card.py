@@ -21,7 +21,7 @@ def markdown_table(rows: list[list]) -> str:
     head, *body = ["| " + " | ".join(map(clean, row)) + " |" for row in rows]
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 
-
+# %% ../../nbs/evaluation/08_card.ipynb #c7c79473
 def figure_with_interval(
     figure: dict,  # with `low`, `high`, and its value
     value: str = "total",  # the key of the value
@@ -65,9 +65,9 @@ def _training_data(record: dict) -> str:
     ]
     init = record.get("init", {})
     if before := init.get("sources"):
-        licences = [[source["name"], "; ".join(source["licences"])] for source in before]
+        lines = [[source["name"], "; ".join(source["licences"])] for source in before]
         text.append("The initial model had learnt from:")
-        text.append(markdown_table([["source", "licence"], *licences]))
+        text.append(markdown_table([["source", "licence"], *lines]))
     return "\n\n".join([*text, fine_tuning_summary(record)] if init else text)
 
 # %% ../../nbs/evaluation/08_card.ipynb #484c407c
@@ -90,17 +90,6 @@ def _likelihood(split: str, likelihood: dict) -> str:
     )
 
 # %% ../../nbs/evaluation/08_card.ipynb #6860cca4
-def _adherence(adherence: dict) -> str:
-    "Key, density and style: asked against found."
-    key, density = adherence["key"], adherence["density"]
-    return (
-        f"Key, of {key['exact']['of']} takes: exact {figure_with_interval(key['exact'], 'value')}; "
-        f"it, its relative or a fifth from it {figure_with_interval(key['near'], 'value')}. "
-        f"Density found over density asked: median {density['median']:.2f}, half of the takes "
-        f"{density['low']:.2f} to {density['high']:.2f}." + _style(adherence.get("manner"))
-    )
-
-
 def _style(style: dict | None) -> str:
     "How many takes have the style of their source; empty where that was not measured."
     if not style or not style["takes"]["of"] or not style["real"]["of"]:
@@ -110,6 +99,17 @@ def _style(style: dict | None) -> str:
         f"{figure_with_interval(style['takes'], 'value')} are given to that source by n-grams of "
         f"all of them; of real pieces {style['real']['value']:.2f}, "
         f"by chance {1 / len(style['sources']):.2f}."
+    )
+
+# %% ../../nbs/evaluation/08_card.ipynb #5c85389f
+def _adherence(adherence: dict) -> str:
+    "Key, density and style: asked against found."
+    key, density = adherence["key"], adherence["density"]
+    return (
+        f"Key, of {key['exact']['of']} takes: exact {figure_with_interval(key['exact'], 'value')}; "
+        f"it, its relative or a fifth from it {figure_with_interval(key['near'], 'value')}. "
+        f"Density found over density asked: median {density['median']:.2f}, half of the takes "
+        f"{density['low']:.2f} to {density['high']:.2f}." + _style(adherence.get("manner"))
     )
 
 # %% ../../nbs/evaluation/08_card.ipynb #c79d6fa4

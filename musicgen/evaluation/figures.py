@@ -30,7 +30,7 @@ def _blank(width: float, height: float, dark: bool = False, columns: int = 1) ->
         ax.spines[:].set_visible(False)
     return figure, axes, ink
 
-
+# %% ../../nbs/evaluation/05_figures.ipynb #4feaec66
 def png_bytes(figure, dpi: int = 72) -> bytes:
     "A matplotlib figure as a PNG."
     out = io.BytesIO()
@@ -57,7 +57,7 @@ def _plot_axis(ax, trials: list[dict], axis: str):
     ax.grid(axis="y", alpha=0.3)
     ax.set_xlabel(axis.replace("_", " "), fontsize=8)
 
-
+# %% ../../nbs/evaluation/05_figures.ipynb #b5c1b24b
 def plot_trials(
     trials: list[dict],  # the best first: settings, `loss` (None when it diverged), `end`
 ):

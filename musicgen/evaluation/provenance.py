@@ -27,7 +27,8 @@ SPLITS = ("train", "valid", "test")
 def _sources(corpus: Corpus) -> list[dict]:
     "One line for each source of a corpus: `name`, `licences`, and `pieces` and `rows` by split."
     licences: dict[str, set[str]] = {name: set() for name in corpus.sources}
-    pieces, rows = Counter(), Counter()
+    pieces: Counter[tuple[str, str]] = Counter()
+    rows: Counter[tuple[str, str]] = Counter()
     for line in corpus.lines:
         of = line["dataset"], line["split"]
         licences[line["dataset"]].add(line["licence"])

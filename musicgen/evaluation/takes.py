@@ -7,7 +7,8 @@ __all__ = ['BAND', 'ENSEMBLES', 'Trained', 'open_trained', 'spread_pieces', 'req
            'make_takes', 'promises_kept']
 
 # %% ../../nbs/evaluation/04_takes.ipynb #4e5e37d5
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,7 +52,7 @@ def open_trained(layout: Layout) -> Trained:
     return Trained(corpus, model, provenance, loaded)
 
 # %% ../../nbs/evaluation/04_takes.ipynb #5fe815ca
-def spread_pieces(pieces: list[Piece], count: int) -> list[Piece]:
+def spread_pieces(pieces: Sequence[Piece], count: int) -> list[Piece]:
     "At most `count` pieces, the sources by turns, evenly spaced within each."
     sources = sorted({piece.dataset for piece in pieces})
     turns = -(-count // max(len(sources), 1))
@@ -67,7 +68,7 @@ BAND = ["Electric Guitar (clean)", "Acoustic Grand Piano", "Electric Bass (finge
 
 
 def requests_like(
-    pieces: list[Piece],
+    pieces: Sequence[Piece],
     count: int,  # at most
     bars: int,  # of each take
     seed: int,  # of the first request; the others count on
@@ -75,7 +76,7 @@ def requests_like(
     "Requests for the parts, metre, tempo, key and style of real pieces, and one for a band."
     allowed = lambda header: 1 <= len(header.parts) <= 16 and max(header.metre) <= 16
     sample = spread_pieces([p for p in pieces if allowed(p.header)], count - 1)
-    controls = [
+    controls: list[dict[str, Any]] = [
         dict(
             instruments=[part.instrument for part in piece.header.parts],
             time_signature="/".join(map(str, piece.header.metre)),
@@ -126,14 +127,14 @@ def varied_requests(
     "Requests that are drawn from a seed, every other for a common ensemble."
     rng, requests = np.random.default_rng([seed, len(KEYS)]), []
     cycles = -(-count // len(KEYS))
-    keys = np.concatenate([rng.permutation(len(KEYS)) for _ in range(cycles)] or [[]])
+    keys = [KEYS[k] for _ in range(cycles) for k in rng.permutation(len(KEYS))]
     for k in range(count):
         names = _random_instruments(rng, common=k % 2 == 0)
         pitched = sum(name != "Drums" for name in names)
         density = pitched * rng.uniform(0.5, 1.5) + 2.5 * (pitched < len(names))
         tempo, metre = float(rng.integers(60, 169)), str(rng.choice(_TIME_SIGNATURES))
-        key, dense = KEYS[int(keys[k])], round(max(density, 0.8), 1)
-        requests.append(Request(names, bars, tempo, metre, key, dense, seed=seed + k))
+        dense = round(max(density, 0.8), 1)
+        requests.append(Request(names, bars, tempo, metre, keys[k], dense, seed=seed + k))
     return requests
 
 # %% ../../nbs/evaluation/04_takes.ipynb #5fabf63b
@@ -162,7 +163,7 @@ def make_takes(
         )
     return takes
 
-
+# %% ../../nbs/evaluation/04_takes.ipynb #2cb51c53
 def promises_kept(takes: list[CheckedTake]) -> dict[str, float | None]:
     "The share of takes that keep each promise, and that are in their key; None where none has one."
     values = lambda name: [t.check[name] for t in takes if t.check[name] is not None]

@@ -24,7 +24,7 @@ def percent(
     "A share as a percentage; None, where there was nothing to measure, in words."
     return "not measured" if x is None else f"{100 * x:.0f} %"
 
-
+# %% ../../nbs/evaluation/06_templates.ipynb #276f69ec
 def interval(
     figure: dict,  # with `low` and `high`
 ) -> str:
@@ -60,6 +60,8 @@ def _cell(value) -> str | Markup:
 
 
 _JINJA.filters["cell"] = _cell
+
+# %% ../../nbs/evaluation/06_templates.ipynb #45e19c7d
 _TABLE = """
 <div class="wide {{ align }}"><table>
 <tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
@@ -84,7 +86,7 @@ _JINJA.globals["table"] = table  # so that a template can call it
 def _data_uri(data: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
-
+# %% ../../nbs/evaluation/06_templates.ipynb #70a5598d
 _PICTURE = """
 <picture>
   <source media="(prefers-color-scheme: dark)" srcset="{{ dark }}">
@@ -111,7 +113,7 @@ def _opening_flac(score: Score, seconds: float = 24.0) -> bytes:
     sound[len(sound) - fade :] *= np.linspace(1, 0, fade, dtype=np.float32)
     return encode_audio(sound, "flac", rate)
 
-
+# %% ../../nbs/evaluation/06_templates.ipynb #e093e1d7
 _PLAYER = '<audio controls preload="none" aria-label="{{ label }}" src="{{ sound }}"></audio>'
 
 

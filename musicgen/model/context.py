@@ -37,7 +37,7 @@ def grid_bar_lines(
     header = on_grid(header.header, grid) if len(header.metres) > 1 else replace(header, ticks=grid)
     return header.bar_lines(until + 1)
 
-
+# %% ../../nbs/model/03_context.ipynb #a9da391a
 def _positions(steps: np.ndarray, lines: np.ndarray, grid: int) -> tuple[np.ndarray, np.ndarray]:
     "For each grid step: (n, 2) beat and step within the beat, and (n,) its bar, counted from 0."
     bar = np.searchsorted(lines, steps, side="right") - 1
@@ -107,7 +107,7 @@ def part_states(
     state[passed] = UNAVAILABLE
     return state
 
-
+# %% ../../nbs/model/03_context.ipynb #59ac3ff6
 def _passed(target: np.ndarray, parts: int) -> np.ndarray:
     "bool (n + 1, p): parts below the part of the row before, where a row has the same onset."
     passed = np.zeros((len(target), parts), bool)
@@ -151,7 +151,7 @@ def _wait(ends: np.ndarray, onsets: np.ndarray, longest: int) -> np.ndarray:
     wait = wait.min(1, initial=2 * longest)
     return np.where(wait > longest, 0, wait)
 
-
+# %% ../../nbs/model/03_context.ipynb #05163163
 def _bars_left(bar: np.ndarray, bars: int) -> np.ndarray:
     "int64 (n + 1,): bars that are left at the row before each row, 1 to `BARS_LEFT` - 1."
     left = bars - np.append(0, bar[:-1])

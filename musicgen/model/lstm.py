@@ -126,7 +126,7 @@ def units(
         z = z + self.interval_features(intervals)
     return F.relu(z)
 
-
+# %% ../../nbs/model/07_lstm.ipynb #16f161e6
 @patch
 def logits(self: Head, z: Tensor, recall: Tensor) -> Tensor:
     "(N, V) scores from hidden units (N, head); the copy weight is added to the recalled value."
@@ -159,7 +159,7 @@ def _table(columns: dict[str, int], width: int) -> nn.EmbeddingBag:
     "Vectors for all values of all columns, and id 0 for nothing; looked up and summed."
     return nn.EmbeddingBag(1 + sum(columns.values()), width, mode="sum", padding_idx=0)
 
-
+# %% ../../nbs/model/07_lstm.ipynb #a9010133
 def _head(field: str, config: MusicLSTMConfig, tables: Tables) -> Head:
     "The head of a field. That of the part gives a query, with which parts are scored."
     known = KNOWN_COLUMNS.get(field, 0)
@@ -238,7 +238,7 @@ def input_vectors(
     x = self.input_table(inputs) + self.pitch_features(sounding)
     return x + self.interval_features(to_intervals(sounding, pitch))
 
-
+# %% ../../nbs/model/07_lstm.ipynb #a9afde94
 @patch
 def hidden(
     self: MusicLSTM, batch: Batch, state: State | None = None, rng: torch.Generator | None = None
@@ -250,13 +250,13 @@ def hidden(
         state = [(h * goes_on, c * goes_on) for h, c in state]
     return self.stack(x.view(*batch.inputs.shape[:2], -1), state, rng)
 
-# %% ../../nbs/model/07_lstm.ipynb #97b8b629
+# %% ../../nbs/model/07_lstm.ipynb #3b8716e9
 @patch
 def head(self: MusicLSTM, field: str) -> Head:
     "The head of a field of `FIELDS`."
     return cast(Head, self.heads[field])
 
-
+# %% ../../nbs/model/07_lstm.ipynb #97b8b629
 @patch
 def field_scores(
     self: MusicLSTM,
@@ -282,7 +282,7 @@ def field_scores(
     together = torch.where(row[:, SHIFT] == self.shift_offset, before, NO_PITCH)  # one onset
     return scores + from_intervals(self.harmonic_interval(z), together)
 
-# %% ../../nbs/model/07_lstm.ipynb #16f161e6
+# %% ../../nbs/model/07_lstm.ipynb #fe8c32d1
 @patch
 def scores(
     self: MusicLSTM,
@@ -304,7 +304,7 @@ def scores(
         of_fields["part"] = query.masked_fill(batch.unavailable.flatten(0, 1), -1e9)
     return of_fields
 
-# %% ../../nbs/model/07_lstm.ipynb #a9afde94
+# %% ../../nbs/model/07_lstm.ipynb #a96df19e
 @patch
 def forward(
     self: MusicLSTM, batch: Batch, state: State | None = None, rng: torch.Generator | None = None

@@ -69,12 +69,12 @@ CONTROLS = dict(  # name -> number of values, "not given" among them
     source=64,
 )
 
-# %% ../../nbs/model/01_piece.ipynb #aaa26199
+# %% ../../nbs/model/01_piece.ipynb #3500abe4
 def _step(value: float, name: str) -> int:
     "The value of a control whose first step is 1: the step nearest to `value`, counted from 0."
     return 1 + min(max(round(value), 0), CONTROLS[name] - 2)
 
-
+# %% ../../nbs/model/01_piece.ipynb #aaa26199
 def controls(
     bpm: float,
     metre: tuple[int, int],

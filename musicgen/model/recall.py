@@ -95,14 +95,6 @@ class RecallState:
         self.last_end: dict[int, int] = {}  # hash of a run -> the row at which it ended last
         self.index, self.strength = -1, 0  # as in `recall_matches`, after the rows so far
 
-
-@patch
-def __deepcopy__(self: RecallState, memo) -> RecallState:
-    other = RecallState()
-    other.rows, other.hashes = self.rows[:], [hashes[:] for hashes in self.hashes]
-    other.last_end, other.index, other.strength = dict(self.last_end), self.index, self.strength
-    return other
-
 # %% ../../nbs/model/00_recall.ipynb #633866d5
 @patch
 def update(
@@ -123,11 +115,19 @@ def update(
         if previous >= 0:
             self.index, self.strength = previous + 1, level + 1
 
-
+# %% ../../nbs/model/00_recall.ipynb #eaae3364
 @patch
 def continuation(self: RecallState) -> tuple[int, ...]:
     "(6,) the recalled row and its strength; all zero where nothing matches."
     return (*self.rows[self.index], self.strength) if self.strength else NO_RECALL
+
+# %% ../../nbs/model/00_recall.ipynb #c862c4e0
+@patch
+def __deepcopy__(self: RecallState, memo) -> RecallState:
+    other = RecallState()
+    other.rows, other.hashes = self.rows[:], [hashes[:] for hashes in self.hashes]
+    other.last_end, other.index, other.strength = dict(self.last_end), self.index, self.strength
+    return other
 
 # %% ../../nbs/model/00_recall.ipynb #c0de0000
 # Old names, until the notebooks that use them have the new ones; removed when branches are merged.

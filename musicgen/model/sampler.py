@@ -29,7 +29,7 @@ def _pitched_rows(piece: Piece) -> np.ndarray:
     drums = np.array([p.is_drums for p in piece.header.parts] or [True])
     return (piece.rows[:, DURATION] > 0) & ~drums[piece.rows[:, PART]]
 
-
+# %% ../../nbs/model/09_sampler.ipynb #21f8cb53
 def _other_program(program: int, pitches: np.ndarray, rng: np.random.Generator) -> int:
     "A program that can play the pitches; the same where none can."
     fits = np.flatnonzero((RANGES[:, 0] <= pitches.min()) & (RANGES[:, 1] >= pitches.max()))
@@ -109,7 +109,7 @@ def _change_tempo(piece: Piece, factor: float) -> Piece:
     tempos[:, 1] = np.maximum(np.rint(tempos[:, 1] / factor), 1)
     return piece._replace(header=replace(piece.header, tempos=tempos))
 
-
+# %% ../../nbs/model/09_sampler.ipynb #4443bbb4
 def _change_loudness(piece: Piece, levels: int, vocab: Vocab) -> Piece:
     "The piece louder by so many levels of velocity, within 1 and the highest."
     rows = piece.rows.copy()

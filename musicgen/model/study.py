@@ -42,7 +42,7 @@ def _sampler(name: str, grid: dict, seed: int, count: int):
         return samplers.GridSampler(grid, seed=seed)
     return samplers.TPESampler(n_startup_trials=6, constant_liar=True, seed=seed * 1009 + count)
 
-
+# %% ../../nbs/model/14_study.ipynb #a5e43af9
 def _suggest(trial, sampler: str, grid: dict) -> dict:
     "The point of a trial that was just asked for."
     point, axes = {}, dict(grid)
@@ -63,7 +63,7 @@ def hold_lock(
         database.execute("BEGIN EXCLUSIVE")
         yield
 
-
+# %% ../../nbs/model/14_study.ipynb #84cf9dea
 def is_locked(path: Path) -> bool:
     "Whether a process holds the lock of a file."
     try:
@@ -100,15 +100,18 @@ class Study:
             pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
         )
 
-    def trials(self, *states: str) -> list:
-        "Optuna's trials in these states (COMPLETE, PRUNED, RUNNING, FAIL), in their order."
-        return _trials(self.open(), *states)
-
-
+# %% ../../nbs/model/14_study.ipynb #348486ab
 def _trials(study, *states: str) -> list:
+    "The trials of an Optuna study in these states, in their order."
     from optuna.trial import TrialState
 
     return study.get_trials(deepcopy=False, states=[TrialState[state] for state in states])
+
+
+@patch
+def trials(self: Study, *states: str) -> list:
+    "Optuna's trials in these states (COMPLETE, PRUNED, RUNNING, WAITING, FAIL), in their order."
+    return _trials(self.open(), *states)
 
 # %% ../../nbs/model/14_study.ipynb #51f67691
 @patch
@@ -116,7 +119,7 @@ def lock_path(self: Study, number: int) -> Path:
     "The lock of a trial while it runs."
     return self.database.with_name(f"{self.name}.{number}.lock")
 
-
+# %% ../../nbs/model/14_study.ipynb #1685196e
 @patch
 def requeue_dead(self: Study, study):
     "Marks the trials of dead processes as failed, and asks for their points again."

@@ -32,7 +32,7 @@ STORED_NAMES = dict(  # name in the code -> name in files
     copy_weight="trust",
 )
 
-
+# %% ../../nbs/model/06_weights.ipynb #53e2a2e0
 def stored_name(name: str) -> str:
     "The name in files of a parameter, such as 'seen.weight' of 'input_table.weight'."
     return ".".join(STORED_NAMES.get(part, part) for part in name.split("."))
@@ -53,6 +53,20 @@ def model_hash(
         digest.update(name.encode() + np.ascontiguousarray(weights[name], np.float32).tobytes())
     return digest.hexdigest()[:16]
 
+# %% ../../nbs/model/06_weights.ipynb #914aba2d
+def _check_weights(path: str | Path, weights: dict[str, np.ndarray], about: object) -> None:
+    "Rejects weights without a description, from an older version, or with another hash."
+    if not isinstance(about, dict) or not {"config", "provenance", "hash"} <= about.keys():
+        raise Rejection(f"{path} holds weights, but not those of a MusicLSTM")
+    if "heads.shift.echo.weight" not in weights:
+        raise Rejection(
+            f"{path} is a model of an older MusicGen, which had no recall; train it again"
+        )
+    if about["hash"] != (actual := model_hash(weights)):
+        raise Rejection(
+            f"{path} is damaged: it names the hash {about['hash']}, its numbers have {actual}"
+        )
+
 # %% ../../nbs/model/06_weights.ipynb #29237c2a
 def read_weights(
     path: str | Path,  # a `.safetensors` that `save_model` wrote
@@ -71,17 +85,3 @@ def read_weights(
         raise Rejection(f"{path} is not a model that can be read: {reason}") from None
     _check_weights(path, weights, about)
     return weights, about
-
-
-def _check_weights(path: str | Path, weights: dict[str, np.ndarray], about: object) -> None:
-    "Rejects weights without a description, from an older version, or with another hash."
-    if not isinstance(about, dict) or not {"config", "provenance", "hash"} <= about.keys():
-        raise Rejection(f"{path} holds weights, but not those of a MusicLSTM")
-    if "heads.shift.echo.weight" not in weights:
-        raise Rejection(
-            f"{path} is a model of an older MusicGen, which had no recall; train it again"
-        )
-    if about["hash"] != (actual := model_hash(weights)):
-        raise Rejection(
-            f"{path} is damaged: it names the hash {about['hash']}, its numbers have {actual}"
-        )

@@ -83,13 +83,13 @@ def _matches(
     blocks: Sequence[SeedBlock],
 ) -> tuple[np.ndarray, np.ndarray]:
     "Pairs of a place in the take and one in the text at which the same seed begins."
-    words, found = _words(take)[places], []
+    words, pairs = _words(take)[places], []
     for block in blocks:
         here, there = _candidates(words, block)
         differ = _words(text)[there] ^ words[here]
         same = differ.astype(np.uint32) == 0  # the first four bytes
-        found.append((here[same], there[same], differ[same]))
-    here, there, differ = map(np.concatenate, zip(*found))
+        pairs.append((here[same], there[same], differ[same]))
+    here, there, differ = map(np.concatenate, zip(*pairs))
     agree = sum((differ << np.uint64(8 * k) == 0).astype(np.int8) for k in (0, 1, 2, 3))
     order = np.lexsort((there, -agree, here))
     here, there = here[order], there[order]

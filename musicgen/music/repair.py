@@ -148,7 +148,10 @@ _PRESSURE_RUN = re.compile(
 _SHORT_DATA = b"|".join(b"\\x%02x.{%d}" % (n, n) for n in range(32))  # a length and its bytes
 _META_RUN = re.compile(
     rb"(?:[\x80-\xff]?[\0-\x7f]\xff(?:\x51\x03(?!\0\0\0)...|\x58\x04[^\0][\0-\x07].."
-    rb"|\x59\x02[\xf9-\xff\0-\x07][\0\x01]|[\x01\x02\x04\x05\x07](?:" + _SHORT_DATA + rb")))++",
+    rb"|\x59\x02[\xf9-\xff\0-\x07][\0\x01]"
+    rb"|[\x01\x02\x04\x05\x07](?:"
+    + _SHORT_DATA
+    + rb"))){1,4096}",  # `++` fails before Python 3.11.5
     re.DOTALL,
 )  # delta times of one or two bytes; tempo, time signature, key signature, text that we do not read
 

@@ -231,7 +231,7 @@ def plot_roll(
     score: Score,
     dark: bool = False,  # for a dark page
     shade_bars: int | tuple[int, int] = 0,  # so many from the start, or (first, last) from 1
-):  # a matplotlib Figure, known to nobody else
+):  # a matplotlib Figure, not registered with pyplot
     "The piano roll of a score: one colour a part, louder is more solid, drums in their own lane."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
