@@ -22,9 +22,11 @@ from .evaluation.provenance import find_model, provenance, weights_hash
 from .model.files import load_model, save_model
 from .model.loss import loss_on, validation_loss
 from .model.lstm import MusicLSTM, MusicLSTMConfig
+from .model.parallel import process_rank
 from .model.piece import CONTROLS
 from .model.sampler import Augment, Sampler
-from .model.trainer import TrainingSettings, fit, process_rank
+from .model.settings import TrainingSettings
+from .model.trainer import fit
 from .tune import read_best
 
 # %% ../nbs/05_train.ipynb #6bac4730

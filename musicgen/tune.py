@@ -23,8 +23,9 @@ from .model.loss import validation_loss
 from .model.lstm import MusicLSTM, MusicLSTMConfig
 from .model.piece import Piece
 from .model.sampler import Augment, Sampler
+from .model.settings import TrainingSettings
 from .model.study import SAMPLERS, Study, grid_points
-from .model.trainer import TrainingSettings, fit
+from .model.trainer import fit
 
 # %% ../nbs/04_tune.ipynb #0c883826
 def _numbers(name: str, text: str, kind: type) -> list:

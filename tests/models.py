@@ -7,7 +7,8 @@ def write_untrained(layout: Layout, seed: int = 0, **shape) -> None:
     "Writes a model of random weights that are large, so that its choices are far from even."
     import torch
 
-    from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig, save_model
+    from musicgen.model.files import save_model
+    from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig
 
     torch.manual_seed(seed)
     model = MusicLSTM(MusicLSTMConfig(**dict(hidden=32, head=16, sources=("example",)) | shape))

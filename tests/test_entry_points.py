@@ -32,7 +32,7 @@ from musicgen.generation.instruments import instruments
 from musicgen.generation.loader import open_model
 from musicgen.generation.receipt import verify
 from musicgen.generation.request import Request
-from musicgen.music.score import read_midi
+from musicgen.music.midi import read_midi
 from musicgen.serve import make_app
 
 ASKED = dict(

@@ -9,10 +9,11 @@ import pytest
 from musicgen.core import Layout
 from musicgen.corpus import dataset
 from musicgen.corpus.dataset import write_corpus
-from musicgen.model.context import make_piece
+from musicgen.model.piece import make_piece
 from musicgen.music import passages
+from musicgen.music.edit import transpose
 from musicgen.music.originality import MIN_EXCERPTS, PASSAGE, OriginalityIndex
-from musicgen.music.score import DURATION, ONSET, PART, Part, Score, make_score, transpose
+from musicgen.music.score import DURATION, ONSET, PART, Part, Score, make_score
 from musicgen.music.tokens import Vocab
 
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .speed import Figure, table, write_figures
+from .figures import Figure, write_figures
+from .speed import table
 from ..core import Layout, open_root, read_settings
 from ..generation.generate import generate
 from ..generation.loader import LoadedModel, open_model

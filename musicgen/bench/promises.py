@@ -12,7 +12,8 @@ import time
 
 import numpy as np
 
-from .speed import Figure, table, write_figures
+from .figures import Figure, write_figures
+from .speed import table
 from ..core import Rejection, open_root
 from ..generation.generate import Take, generate, regenerate
 from ..generation.instruments import NICKNAMES

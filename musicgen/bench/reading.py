@@ -14,7 +14,8 @@ from typing import Any
 
 from .figures import Figure, time_pairs
 from ..core import Layout, Rejection
-from ..music.score import grid_loss, read_midi, write_midi
+from ..music.grid import grid_loss
+from ..music.midi import read_midi, write_midi
 from ..music.tokens import Vocab, encode
 
 # %% ../../nbs/bench/01_reading.ipynb #ac6b6b33

@@ -32,7 +32,8 @@ from ..model.ids import Ids, Tables, matching_recall
 from ..model.loss import map_groups
 from ..model.lstm import MusicLSTM, MusicLSTMConfig
 from ..model.recall import recalled_rows
-from ..model.trainer import TrainingSettings, fit
+from ..model.settings import TrainingSettings
+from ..model.trainer import fit
 from ..music.score import PITCHES
 from ..music.tokens import FIELDS, SHIFT, Vocab
 

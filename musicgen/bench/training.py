@@ -17,10 +17,12 @@ from .figures import Figure, time_pairs
 from ..core import Layout
 from ..corpus.dataset import Corpus
 from ..model.batch import Batch, prefetch, stream_batches
-from ..model.loss import single_threaded, single_threaded_pool, validation_loss
+from ..model.loss import validation_loss
 from ..model.lstm import MusicLSTM, MusicLSTMConfig
+from ..model.parallel import single_threaded, single_threaded_pool
 from ..model.sampler import Augment, Sampler
-from ..model.trainer import TrainingRun, TrainingSettings, fit
+from ..model.settings import TrainingSettings
+from ..model.trainer import TrainingRun, fit
 
 # %% ../../nbs/bench/02_training.ipynb #aed1257d
 def _batch_share(

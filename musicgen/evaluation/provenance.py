@@ -17,7 +17,7 @@ from .. import __version__
 from ..core import SHIPPED_MODEL, Layout
 from ..corpus.dataset import Corpus
 from ..model.lstm import MusicLSTM
-from ..model.trainer import TrainingSettings
+from ..model.settings import TrainingSettings
 from ..model.weights import model_hash
 
 # %% ../../nbs/evaluation/03_provenance.ipynb #941f5e06
