@@ -1,4 +1,4 @@
-"""What several tests share: the repository, a browser; which tests are slow, and who runs them."""
+"""Fixtures that several test files share, and the order of the tests."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-ALONE = [
+CHROMIUM_ARGUMENTS = [  # no network but this machine
     "--no-sandbox",
     "--disable-gpu",
     "--disable-background-networking",
@@ -64,9 +64,9 @@ def repo() -> Path:
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
-    "No setting of the person who runs the tests leaks into them."
-    kept = ("MUSICGEN_BROWSER_REQUIRED", "MUSICGEN_SHARED")
-    ours = [n for n in os.environ if n.startswith("MUSICGEN_") and n not in kept]
+    "Removes the settings of the user who runs the tests."
+    exempt = ("MUSICGEN_BROWSER_REQUIRED", "MUSICGEN_SHARED")
+    ours = [n for n in os.environ if n.startswith("MUSICGEN_") and n not in exempt]
     for name in ours:
         monkeypatch.delenv(name)
     monkeypatch.delenv("IN_TEST", raising=False)
@@ -76,28 +76,28 @@ def plain_environment(monkeypatch):
 def chromium() -> str:
     "The path of a Chromium; without one the test is skipped, and in CI it fails."
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    if found := next(filter(None, map(shutil.which, names)), None):
-        return found
-    told = "no chromium on this machine (Debian and Ubuntu: apt-get install chromium)"
+    if path := next(filter(None, map(shutil.which, names)), None):
+        return path
+    reason = "no chromium on this machine (Debian and Ubuntu: apt-get install chromium)"
     if os.environ.get("CI") or os.environ.get("MUSICGEN_BROWSER_REQUIRED"):
-        pytest.fail(told)
-    pytest.skip(told)
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")
 def browser(chromium):
-    "A Chromium that can reach this machine and no other."
+    "A Chromium that can connect to this machine only."
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ALONE)
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_ARGUMENTS)
         yield browser
         browser.close()
 
 
 @pytest.fixture(scope="session")
 def screens(repo) -> Path:
-    "Where the screenshots go: produced, and worth a look."
+    "The folder of screenshots."
     folder = repo / "artifacts" / "screens"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -1,4 +1,4 @@
-"""Servers that tests start and end: for one test module each, with folders of their own."""
+"""Servers that tests start and stop, each with folders of its own."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ from urllib.request import urlopen
 
 import psutil
 
-PATIENCE = 180  # seconds for anything that may be slow on a busy machine
+PATIENCE = 180  # seconds before a test gives up; a busy machine is slow
 
 
 def free_port() -> int:
@@ -22,7 +22,7 @@ def free_port() -> int:
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
-    "That of a person whose Jupyter folders lie in `home`, so that nothing of ours is touched."
+    "Environment variables with all Jupyter folders in `home`; those of the user are not used."
     folders = (
         "JUPYTER_CONFIG_DIR",
         "JUPYTER_DATA_DIR",
@@ -36,7 +36,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 
 @contextmanager
 def running(command: list[str], port: int, cwd: Path, env: dict[str, str], log: Path, path: str):
-    "The address of a server, once it answers for `path`; at the end it is gone, and its kernels with it."
+    "The address of a server, once it answers at `path`; at the end it and its kernels are stopped."
     with open(log, "wb") as out:
         server = psutil.Popen(
             [sys.executable, *command],
@@ -49,22 +49,22 @@ def running(command: list[str], port: int, cwd: Path, env: dict[str, str], log: 
     address, end = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
     try:
         while not answers(address + path):
-            told = log.read_text(errors="replace")
-            assert server.poll() is None, f"{command[1]} ended:\n{told}"
-            assert time.monotonic() < end, f"{command[1]} does not answer:\n{told}"
+            output = log.read_text(errors="replace")
+            assert server.poll() is None, f"{command[1]} ended:\n{output}"
+            assert time.monotonic() < end, f"{command[1]} does not answer:\n{output}"
             time.sleep(0.2)
         yield address
     finally:
         family = [server, *server.children(recursive=True)] if server.is_running() else [server]
         server.terminate()
-        _, left = psutil.wait_procs(family, timeout=20)
-        for process in left:
+        _, alive = psutil.wait_procs(family, timeout=20)
+        for process in alive:
             process.kill()
-        psutil.wait_procs(left, timeout=5)
+        psutil.wait_procs(alive, timeout=5)
 
 
 def answers(address: str) -> bool:
-    "Whether there is a server; what it answers does not matter."
+    "Whether a server answers, with whatever status."
     try:
         urlopen(address, timeout=5).close()
     except URLError as error:

@@ -1,4 +1,4 @@
-"""A headless Chromium drives the dashboard and a notebook in JupyterLab, as a person would."""
+"""A headless Chromium drives the dashboard, as a user would."""
 
 import base64
 import io
@@ -17,29 +17,29 @@ from musicgen.music.instruments import DRUMS
 from musicgen.music.midi import read_midi, write_midi
 from musicgen.music.score import make_score
 
-SLOW = PATIENCE * 1000  # the same for the browser, in its unit
+TIMEOUT = PATIENCE * 1000  # milliseconds, for the browser
 
 
 @pytest.fixture
 def page(browser):
-    "A page that remembers whom it asked for anything."
+    "A page that collects the addresses of its requests, `requested`."
     context = browser.new_context(viewport=dict(width=1280, height=900), accept_downloads=True)
     page = context.new_page()
-    page.set_default_timeout(SLOW)
-    page.asked = set()
-    page.on("request", lambda request: page.asked.add(urlsplit(request.url)._replace(query="")))
+    page.set_default_timeout(TIMEOUT)
+    page.requested = set()
+    page.on("request", lambda request: page.requested.add(urlsplit(request.url)._replace(query="")))
     yield page
     context.close()
 
 
 @contextmanager
 def dashboard(repo: Path, folder: Path, **more: str):
-    "The address of the page, as the bare command serves it, playing the model that ships."
+    "The address of the dashboard, served by the plain command with the shipped model."
     port = free_port()
     env = environment(folder, **{"MUSICGEN_PATHS_MODEL": str(SHIPPED_MODEL), **more})
     command = ["-m", "voila", "dashboards/generate.ipynb", "--no-browser", f"--port={port}"]
-    nothing = "/voila/static/nothing"  # a page would start a kernel
-    with running(command, port, repo, env, folder / "voila.log", nothing) as address:
+    probe = "/voila/static/nothing"  # the page itself would start a kernel
+    with running(command, port, repo, env, folder / "voila.log", probe) as address:
         yield address
 
 
@@ -50,7 +50,7 @@ def address(repo, tmp_path_factory):
 
 
 def opened(page, address: str):
-    "The page at an address, when it can be used."
+    "The page at an address, once it can be used."
     page.goto(address, wait_until="commit")
     page.get_by_role("heading", name="MusicGen", exact=True).wait_for()
     page.get_by_role("button", name="Generate").wait_for()
@@ -58,7 +58,7 @@ def opened(page, address: str):
 
 
 def slide(page, name: str, value: int):
-    "Types a value beside a slider."
+    "Enters a value into the field of a slider."
     slider = page.locator(".widget-slider").filter(has_text=re.compile(f"^{name}"))
     readout = slider.locator(".widget-readout")
     readout.fill(str(value))
@@ -70,7 +70,7 @@ def chips(page) -> list[str]:
 
 
 def takes(page, cards: int):
-    "The newest take, when there are so many on the page and it can be heard."
+    "The newest take, once the page has so many cards and the audio of the newest."
     page.wait_for_function(f"document.querySelectorAll('.mg-takes .mg-card').length == {cards}")
     card = page.locator(".mg-takes .mg-card").first
     card.locator("audio").wait_for()
@@ -78,12 +78,12 @@ def takes(page, cards: int):
 
 
 def generated(page, cards: int):
-    "The newest take, when Generate has been pressed and there are so many on the page."
+    "Presses Generate; the newest take, once the page has so many cards."
     page.get_by_role("button", name="Generate").click()
     return takes(page, cards)
 
 
-def saved(page, button) -> tuple[str, bytes]:
+def downloaded(page, button) -> tuple[str, bytes]:
     "Name and bytes of the file that a click saves."
     with page.expect_download() as waiting:
         button.click()
@@ -91,7 +91,7 @@ def saved(page, button) -> tuple[str, bytes]:
 
 
 def midi_of(page, card) -> bytes:
-    return saved(page, card.get_by_role("link", name="Download MIDI"))[1]
+    return downloaded(page, card.get_by_role("link", name="Download MIDI"))[1]
 
 
 def drop(page, name: str, data: bytes):
@@ -101,18 +101,20 @@ def drop(page, name: str, data: bytes):
         const moved = new DataTransfer()
         moved.items.add(new File([Uint8Array.from(atob(data), c => c.charCodeAt(0))], name))
         for (const kind of ["dragover", "drop"])
-            document.body.dispatchEvent(new DragEvent(kind, {dataTransfer: moved, bubbles: true, cancelable: true}))
+            document.body.dispatchEvent(
+                new DragEvent(kind, {dataTransfer: moved, bubbles: true, cancelable: true}))
     }""",
         [name, base64.b64encode(data).decode()],
     )
 
 
-def refused(page, words: str):
+def wait_for_message(page, words: str):
+    "Waits for an error message that contains these words."
     page.get_by_role("alert").filter(has_text=words).wait_for()
 
 
-def test_choose_generate_see_hear_and_take_home(page, address, screens):
-    "The way of a first visit; refusals are sentences, and nothing is asked of another machine."
+def test_choose_generate_play_and_download(page, address, screens):
+    "A first visit. Rejections are sentences, and no other machine receives a request."
     opened(page, address)
     assert page.title() == "MusicGen"
     page.get_by_role("button", name="String quartet").click()
@@ -130,28 +132,28 @@ def test_choose_generate_see_hear_and_take_home(page, address, screens):
     assert roll.bounding_box()["width"] > 400 and card.locator("svg path").count() > 5
     sound = card.locator("audio")
     sound.evaluate("a => a.readyState || new Promise(done => a.onloadedmetadata = done)")
-    assert sound.evaluate("a => a.duration") > 3 * 3 * 60 / 96  # three bars and their ring
+    assert sound.evaluate("a => a.duration") > 3 * 3 * 60 / 96  # three bars and their decay
     assert sound.get_attribute("aria-label").startswith("Seed")
-    name, midi = saved(page, card.get_by_role("link", name="Download MIDI"))
+    name, midi = downloaded(page, card.get_by_role("link", name="Download MIDI"))
     assert re.fullmatch(r"violin-viola-cello-and-1-more-3-bars-seed-\d+\.mid", name)
     score = read_midi(midi)
     assert len(score.bar_lines()) - 1 == 3 and score.metre == (3, 4)
     assert [part.program for part in score.parts] == [40, 40, 41, 42, DRUMS]
-    name, stems = saved(page, card.get_by_role("button", name="Stems"))
+    name, stems = downloaded(page, card.get_by_role("button", name="Stems"))
     assert name.endswith(".stems.zip") and len(zipfile.ZipFile(io.BytesIO(stems)).namelist()) == 5
-    name, mp3 = saved(page, card.get_by_role("button", name="MP3"))
+    name, mp3 = downloaded(page, card.get_by_role("button", name="MP3"))
     assert name.endswith(".mp3") and mp3[:2] in (b"ID", b"\xff\xfb")
-    name, told = saved(page, card.get_by_role("link", name="Receipt"))
-    assert name.endswith(".json") and json.loads(told)["receipt"]["request"]["bars"] == 3
+    name, receipt = downloaded(page, card.get_by_role("link", name="Receipt"))
+    assert name.endswith(".json") and json.loads(receipt)["receipt"]["request"]["bars"] == 3
 
     search.fill("Voilin")
     search.press("Enter")
-    refused(page, "did you mean Violin")
+    wait_for_message(page, "did you mean Violin")
     for left in range(4, -1, -1):
         page.locator(".mg-chip").first.click()
         page.wait_for_function(f"document.querySelectorAll('.mg-chip').length == {left}")
     page.get_by_role("button", name="Generate").click()
-    refused(page, "0 parts")
+    wait_for_message(page, "0 parts")
     page.get_by_role("button", name="Rock band").click()
     page.locator(".mg-chip", has_text="Drums").wait_for()
     generated(page, 2)
@@ -163,12 +165,12 @@ def test_choose_generate_see_hear_and_take_home(page, address, screens):
             assert page.locator(".mg-takes .mg-card svg").first.is_visible()
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             page.screenshot(path=screens / f"dashboard-{name}-{scheme}.png", full_page=True)
-    hosts = {url.hostname for url in page.asked if url.scheme not in ("data", "blob")}
+    hosts = {url.hostname for url in page.requested if url.scheme not in ("data", "blob")}
     assert hosts == {"127.0.0.1"}
 
 
-def test_go_on_from_a_take(page, address):
-    "An opening by drop and by button, extend, vary, use as opening, and back to an earlier take."
+def test_continue_a_take(page, address):
+    "An opening by drop and by button; extend, vary, use as opening; an earlier take again."
     opened(page, address)
     tune = make_score([(k * 480, 0, 60 + k, 480, 90) for k in range(6)], [73], 120, (3, 4))
     drop(page, "tune.mid", write_midi(tune))
@@ -185,9 +187,9 @@ def test_go_on_from_a_take(page, address):
         name="noise.mid", mimeType="audio/midi", buffer=b"this is no music, whatever its name says"
     )
     page.get_by_label("Opening: a MIDI file to continue").set_input_files(noise)
-    refused(page, "noise.mid")
+    wait_for_message(page, "noise.mid")
     drop(page, "huge.mid", bytes(1_000_001))
-    refused(page, "1,000,001 bytes, above the limit of 1,000,000")
+    wait_for_message(page, "1,000,001 bytes, above the limit of 1,000,000")
     card = page.locator(".mg-takes .mg-card").first
     card.get_by_label("Extend by").fill("1")
     card.get_by_label("Extend by").press("Enter")
@@ -215,7 +217,7 @@ def test_go_on_from_a_take(page, address):
 
 
 def test_a_link_makes_the_same_music(page, address):
-    "The address of the page says what is on the screen; opened anew, it plays the same."
+    "The address of the page holds the request; opened again, it makes the same music."
     opened(page, address + "/?instruments=Flute,Oboe&bars=2&key=D+minor&seed=7&takes=2")
     takes(page, 2)
     assert (
@@ -230,34 +232,35 @@ def test_a_link_makes_the_same_music(page, address):
     page.wait_for_function(
         "!location.search.includes('seed=7&') && location.search.includes('takes=2')"
     )
-    where, again = page.url, midi_of(page, card)
-    opened(page, where)
-    assert midi_of(page, takes(page, 2)) == again
+    link, midi = page.url, midi_of(page, card)
+    opened(page, link)
+    assert midi_of(page, takes(page, 2)) == midi
     opened(page, address + "/?bars=900")
-    refused(page, "bars 900 is outside 1 to 64")
+    wait_for_message(page, "bars 900 is outside 1 to 64")
     assert generated(page, 1)
 
 
 def test_a_link_waits_for_its_page(page, address):
-    "A widget that changes on its way to the browser may not be seen to change: nothing does, until the page is there."
-    told, opening = [], re.compile(rb'iopub{[^}]*"msg_type": ?"comm_open"')
+    """A browser may miss the change of a widget that it is still opening: so the request of a link
+    starts when the page has said that it is ready."""
+    events, opening = [], re.compile(rb'iopub{[^}]*"msg_type": ?"comm_open"')
 
-    def meet(socket):
+    def record(socket):
         socket.on(
-            "framesent", lambda data: told.append("here") if b'{"value":true}' in data else None
+            "framesent", lambda data: events.append("ready") if b'{"value":true}' in data else None
         )
         socket.on(
-            "framereceived", lambda data: told.append("opens") if opening.search(data) else None
+            "framereceived", lambda data: events.append("opens") if opening.search(data) else None
         )
 
-    page.on("websocket", meet)
+    page.on("websocket", record)
     opened(page, address + "/?instruments=Flute&bars=2&seed=7")
     takes(page, 1)
-    assert told[0] == "here" and "opens" in told
+    assert events[0] == "ready" and "opens" in events
 
 
 def test_cancel_and_keyboard(page, address, screens):
-    "A long request grows bar by bar and is stopped; every control can be reached and has a name."
+    "A long take grows bar by bar and is cancelled; every control has a name and can be reached."
     opened(page, address)
     slide(page, "Bars", 64)
     slide(page, "Takes", 8)
@@ -265,17 +268,21 @@ def test_cancel_and_keyboard(page, address, screens):
     growing = page.locator(".mg-card:not(.mg-hidden) svg")
     page.get_by_text(re.compile(r"Bar \d+ of 64")).wait_for()
     growing.wait_for()
-    small = growing.locator("path").count()
+    paths = growing.locator("path").count()
     page.get_by_text(re.compile(r"Bar \d\d of 64")).wait_for()
-    assert growing.locator("path").count() >= small > 0
+    assert growing.locator("path").count() >= paths > 0
     page.screenshot(path=screens / "dashboard-growing.png", full_page=True)
     page.get_by_role("button", name="Cancel").click()
     page.get_by_text("Stopped. Press Generate when you are ready.").wait_for()
     assert growing.count() == 0
-    nameless = page.evaluate("""() => [...document.querySelectorAll(".mg :is(button, input, select, [role=slider])")]
-        .filter(one => one.offsetParent && !one.textContent.trim() && !one.getAttribute("aria-label")
-                && !one.labels?.length && !one.title).map(one => one.outerHTML.slice(0, 200))""")
-    assert not nameless
+    unnamed = page.evaluate("""() => {
+        const controls = document.querySelectorAll(".mg :is(button, input, select, [role=slider])")
+        const name = node => node.textContent.trim() || node.getAttribute("aria-label")
+            || node.labels?.length || node.title
+        return [...controls].filter(node => node.offsetParent && !name(node))
+            .map(node => node.outerHTML.slice(0, 200))
+    }""")
+    assert not unnamed
     reached = set()
     page.locator("body").click(position=dict(x=2, y=2))
     for _ in range(60):
@@ -309,25 +316,25 @@ def test_cancel_and_keyboard(page, address, screens):
     ],
 )
 def test_a_missing_model_or_service_is_a_sentence(browser, repo, tmp_path, setting, value, words):
-    "The page is up, says what to do, and lives on."
+    "The page appears, says what to do, and goes on working."
     with dashboard(repo, tmp_path, **{setting: value}) as address:
         context = browser.new_context()
         page = context.new_page()
-        page.set_default_timeout(SLOW)
+        page.set_default_timeout(TIMEOUT)
         opened(page, address).get_by_role("button", name="Generate").click()
-        refused(page, words)
+        wait_for_message(page, words)
         page.get_by_role("button", name="Jazz trio").click()
         page.locator(".mg-chip", has_text="Drums").wait_for()
         context.close()
 
 
 def test_four_visitors_at_once(browser, address):
-    "Each is served, in a kernel of their own without torch."
+    "Each gets a take from a kernel of their own."
     pages = []
     for _ in range(4):
         context = browser.new_context()
         pages.append(context.new_page())
-        pages[-1].set_default_timeout(SLOW)
+        pages[-1].set_default_timeout(TIMEOUT)
         pages[-1].goto(address + f"/?bars=2&seed={len(pages)}", wait_until="commit")
     assert [takes(page, 1).locator("h3").inner_text() for page in pages] == [
         f"Seed {k}" for k in (1, 2, 3, 4)

@@ -1,4 +1,4 @@
-"""README's lines are run as they stand: a line that nobody here knows how to run fails."""
+"""The commands of the README are run as they are; a command of an unknown kind fails."""
 
 import json
 import os
@@ -18,7 +18,7 @@ import pytest
 from musicgen.core import Layout
 from musicgen.music.midi import read_midi
 
-PLAIN = (
+TESTED_ELSEWHERE = (
     "make ",
     "python3 -m venv",
     ".venv/bin/",
@@ -26,7 +26,7 @@ PLAIN = (
     "uvicorn ",
     "python run_pipeline.py --",
 )
-"Lines that the other tests or CI run: installing, the whole pipeline, the servers that stay."
+"Commands that other tests or CI run: installation, the whole pipeline, servers."
 
 
 def blocks(readme: Path, kind: str) -> list[str]:
@@ -35,16 +35,16 @@ def blocks(readme: Path, kind: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def lines(repo) -> list[str]:
-    found = [
+    commands = [
         line for block in blocks(repo / "README.md", "sh") for line in block.splitlines() if line
     ]
-    assert len(found) > 12
-    return [re.sub(r"\s+#.*", "", line) for line in found]
+    assert len(commands) > 12
+    return [re.sub(r"\s+#.*", "", line) for line in commands]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    "A root with a model of random weights, and the environment of a shell that stands beside it."
+    "A root with an untrained model, and the environment of a shell whose home it is."
     import torch
 
     from musicgen.model.files import save_model
@@ -58,28 +58,29 @@ def home(tmp_path_factory):
 
 
 def run(line: str, where: Path, env: dict) -> str:
-    done = subprocess.run(
+    "The output of a shell command."
+    process = subprocess.run(
         line, shell=True, cwd=where, env=env, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    assert process.returncode == 0, f"{line}\n{process.stdout}\n{process.stderr}"
+    return process.stdout
 
 
 def test_every_line_is_known(lines):
     known = ("musicgen ", "curl ", "MUSICGEN_ROOT=~/my-model musicgen ")
-    assert [line for line in lines if not line.startswith(known + PLAIN)] == []
+    assert [line for line in lines if not line.startswith(known + TESTED_ELSEWHERE)] == []
 
 
 def test_the_shell_lines(lines, home, tmp_path):
     root, env = home
-    ours = [line for line in lines if line.startswith("musicgen ")]
-    assert len(ours) >= 5
-    for line in ours:
+    commands = [line for line in lines if line.startswith("musicgen ")]
+    assert len(commands) >= 5
+    for line in commands:
         run(line, tmp_path, env)
-    made = {p.name: read_midi(p) for p in tmp_path.glob("*.mid")}
-    assert len(made["quartet.mid"].bar_lines()) == 17 and len(made["quartet.mid"].parts) == 4
+    scores = {p.name: read_midi(p) for p in tmp_path.glob("*.mid")}
+    assert len(scores["quartet.mid"].bar_lines()) == 17 and len(scores["quartet.mid"].parts) == 4
     assert (tmp_path / "quartet.mid").read_bytes() == (tmp_path / "again.mid").read_bytes()
-    assert sum(name.startswith("band") for name in made) == 4
+    assert sum(name.startswith("band") for name in scores) == 4
 
 
 def test_the_line_for_another_root(lines, home, tmp_path):
@@ -98,7 +99,7 @@ def test_the_python_lines(repo, home, tmp_path):
 
 @pytest.fixture
 def server(home):
-    "The API as README starts it, on a port of its own."
+    "The port of an API that is started as in the README."
     root, env = home
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -125,11 +126,11 @@ def server(home):
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 def test_the_curl_lines(lines, server, home, tmp_path):
     root, env = home
-    ours = [line for line in lines if line.startswith("curl ")]
-    assert len(ours) == 3
-    said = [run(line.replace(":8000", f":{server}"), tmp_path, env) for line in ours]
-    assert json.loads(said[0])["ready"] is True
-    assert any(i["name"] == "Violin" for i in json.loads(said[1]))
+    commands = [line for line in lines if line.startswith("curl ")]
+    assert len(commands) == 3
+    answers = [run(line.replace(":8000", f":{server}"), tmp_path, env) for line in commands]
+    assert json.loads(answers[0])["ready"] is True
+    assert any(i["name"] == "Violin" for i in json.loads(answers[1]))
     assert len(read_midi(tmp_path / "duo.mid").bar_lines()) == 9
 
 

@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -128,7 +127,7 @@ def _take_seconds(model: LoadedModel, rounds: int, bars: int) -> dict[str, float
     ways: dict[str, Callable[[], Any]] = {
         "one": lambda: generate(model, one),
         "torch": lambda: generate(torch_model, one),
-        "first of eight": lambda: generate(model, replace(eight, takes=1)),
+        "first of eight": lambda: generate(model, eight.replace(takes=1)),
         "eight": lambda: generate(model, eight),
         "sound": sound,
     }
