@@ -88,9 +88,7 @@ def measure_stages(
     command = [sys.executable, "-c", program, str(layout.root), str(workers)]
     threads = {f"{kind}_NUM_THREADS": "1" for kind in ("OMP", "MKL", "OPENBLAS")}
     with TemporaryFile() as output, TemporaryFile() as errors:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=errors, env=os.environ | threads
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=errors, env=os.environ | threads)
         peak = _peak_while_running(process)
         output.seek(0)
         errors.seek(0)
@@ -112,7 +110,9 @@ def measure_growth(
         with sandbox() as layout:
             write_variants(pieces, layout, size)
             rows.append({"files": size} | measure_stages(layout, workers))
-        print(f"growth: { {name: round(value, 1) for name, value in rows[-1].items()} }", flush=True)
+        print(
+            f"growth: { {name: round(value, 1) for name, value in rows[-1].items()} }", flush=True
+        )
     return rows
 
 

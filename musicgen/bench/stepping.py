@@ -103,7 +103,7 @@ def part_scores(
     return np.einsum("nk,npk->np", query, keys) / keys.shape[-1] ** 0.5
 
 # %% ../../nbs/bench/03_stepping.ipynb #c0de0200
-# The old name of `step`, until the decoding loop uses the new one; removed when branches are merged.
+# The old name of `step`, until the decoding loop uses the new one; removed with the merges.
 @patch
 def hear(self: TorchDecoder, inputs: np.ndarray, sounding: np.ndarray) -> None:
     self.step(inputs, sounding)
