@@ -41,8 +41,8 @@ from musicgen.app.middleware import (
 )
 from .core import Layout, Rejection, Settings, read_settings
 from .generation.decoding import Stopped
-from .generation.instruments import instruments
 from .generation.loader import LoadedModel, ModelMissing, open_model
+from .generation.nicknames import instruments
 from .generation.receipt import verify
 from .generation.request import Request
 from .model.precision import numeric_path
@@ -87,7 +87,7 @@ async def _read_form(http: HTTPRequest) -> dict[str, Any]:
 async def read_request(http: HTTPRequest) -> Request:
     """The request in a body, read in a thread, since reading an opening takes time.
 
-    `Rejection` of one that cannot be met, `HTTPException` 415 of a body that is no JSON and no form."""
+    `Rejection` of one that cannot be met, `HTTPException` 415 of a body that is neither."""
     media = http.headers.get("content-type", JSON).partition(";")[0].strip().lower()
     if media == "multipart/form-data":
         return await run_in_threadpool(Request.from_dict, await _read_form(http))
@@ -140,7 +140,7 @@ def _numeric_path() -> str:
 
 
 def etag_of(model: LoadedModel, request: Request, media: str, *more: str) -> str:
-    "The ETag of the bytes that this request has in this media type; `more`: what else decides them."
+    "The ETag of this request's bytes in this media type; `more`: what else decides them."
     parts = [__version__, model.model_hash, model.training, _numeric_path(), media, *more]
     text = json.dumps([*parts, request.to_dict()], sort_keys=True)
     return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
@@ -408,7 +408,9 @@ def _add_music_routes(app: FastAPI, service: Service):
     "`POST /generate`, `/regenerate` and `/verify`."
     file: dict[str, Any] = {"requestBody": {"required": True, "content": {MIDI: _BYTES}}}
     reading = _problems(401, 408, 413, 422, 503)
-    again = {200: {"description": "the same bytes", "content": {MIDI: _BYTES}}}
+    again: dict[int | str, dict[str, Any]] = {
+        200: {"description": "the same bytes", "content": {MIDI: _BYTES}}
+    }
 
     @app.post(
         "/generate",
@@ -453,7 +455,8 @@ def _add_music_routes(app: FastAPI, service: Service):
 # %% ../nbs/08_serve.ipynb #8f00000a
 def _add_other_routes(app: FastAPI, service: Service):
     "`GET /health`, `/instruments` and `/metrics`."
-    text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    plain = {"text/plain": {"schema": {"type": "string"}}}
+    text: dict[int | str, dict[str, Any]] = {200: {"content": plain}}
 
     @app.get(
         "/health", operation_id="health", summary="Whether there is a model to play, and which"

@@ -27,9 +27,10 @@ import pytest
 
 from musicgen.core import Layout, Rejection, read_settings, write_atomic
 from musicgen.corpus.dataset import Corpus, write_corpus
-from musicgen.corpus.download import Source, download
+from musicgen.corpus.download import download
 from musicgen.corpus.readers import scan_files
 from musicgen.corpus.scan import read_scan, scan_rows
+from musicgen.corpus.sources import Source
 from musicgen.features import write_features
 from musicgen.ingest import ingest
 from musicgen.model.piece import make_piece

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 
 from .theme import MAX_UPLOAD, box, button, hide, message_html
 from ..core import Rejection
-from ..generation.instruments import find_program, instruments
+from ..generation.nicknames import find_program, instruments
 from ..generation.opening import opening_bar_lines
 from ..generation.request import Request
 from ..music.instruments import DRUMS, GM
@@ -359,6 +359,7 @@ def put(self: Opening, name: str, data: bytes):
         request = Request(opening=data)
     except Rejection as rejection:
         raise Rejection(rejection.sentence.replace("the MIDI data", f"the file {name}")) from None
+    assert request.opening_score is not None
     bars = len(opening_bar_lines(request.opening_score)) - 1
     self.data = data
     self.text.value = message_html(

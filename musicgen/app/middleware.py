@@ -48,7 +48,10 @@ def problem(
 def problem_response(error: Problem, **headers: str) -> JSONResponse:
     "A problem as a response, for code that stands before the app."
     return JSONResponse(
-        error.marshal(), error.status, (error.headers or {}) | headers, "application/problem+json"
+        error.marshal(),
+        error.status,
+        dict(error.headers or {}) | headers,
+        "application/problem+json",
     )
 
 # %% ../../nbs/app/01_middleware.ipynb #79d0f0c8

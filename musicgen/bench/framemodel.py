@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .frames import KEYS, LOWEST
 from torch import Tensor
 
+from .frames import KEYS, LOWEST
 from ..model.batch import Batch, step_windows
 from musicgen.model.columns import (
     BEATS,

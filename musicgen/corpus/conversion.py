@@ -32,14 +32,10 @@ from .download import download
 from .kaggle import download_kaggle
 from .sources import Source
 from .unpacking import unpack
-from musicgen.music.notation import (
-    MAX_PIECE,
-    read_groove,
-    read_musicxml,
-    read_tune,
-    scores_of_music21,
-)
-from ..music.score import write_midi
+from ..music.midi import write_midi
+from ..music.musicxml import MAX_PIECE, read_musicxml, scores_of_music21
+from ..music.notation import read_groove
+from ..music.tunes import read_tune
 
 # %% ../../nbs/corpus/08_conversion.ipynb #f75e381d
 VERSION = 1  # of the conversion: raise it when the same source shall give other bytes
@@ -199,7 +195,7 @@ def _convert_file(source: Source, reader: str, path: Path, ensemble: tuple[str, 
         return path.read_bytes()
     if reader == "groove":
         rng = np.random.default_rng(list(path.stem.encode()))  # velocities differ a little
-        return write_midi(read_groove(path.read_text("utf-8"), path.name, hand=rng))
+        return write_midi(read_groove(path.read_text("utf-8"), path.name, rng=rng))
     return write_midi(
         read_musicxml(path.read_bytes(), ensemble, source.voices, source.tempo or 100)
     )

@@ -27,9 +27,6 @@ from .unpacking import write_all
 if TYPE_CHECKING:
     import httpx
 
-# %% ../../nbs/corpus/06_download.ipynb #5a1a5a1a
-from .sources import read_sources  # noqa: F401  for bench.records, until it moves
-
 # %% ../../nbs/corpus/06_download.ipynb #0a09560d
 PROGRESS_EVERY = 2.0  # seconds between two lines
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..core import Rejection
-from ..music.score import GM
+from ..music.instruments import GM
 
 # %% ../../nbs/corpus/01_sources.ipynb #d1275921
 KINDS = dict(url="url", kaggle="slug", local="path", music21="globs", grooves="")  # needed field

@@ -107,7 +107,7 @@ def _start_decoder(self: DecodingSession, model: LoadedModel) -> Decoder | Guide
     "A decoder that was given the controls and the ensemble; with a style, a guided one."
     state, plain = self.first_state, model.decoder(self.request.precision)
     piece = piece_controls(self.request, state.key, model.sources)
-    ids = [self.tables.told(values, state.ensemble) for values in piece]
+    ids = [self.tables.piece_ids(values, state.ensemble) for values in piece]
     decoder = GuidedDecoder(plain, STYLE_GUIDANCE) if self.request.style else plain
     decoder.start(1, *ids)
     return decoder
@@ -135,9 +135,12 @@ def _listen(
     self: DecodingSession, decoder: Decoder | GuidedDecoder, states: list[EnsembleState]
 ) -> np.ndarray:
     "One step of the LSTM from the states of n takes; int64 (n, 6): their recalled rows."
-    inputs, recalled = np.stack([s.inputs() for s in states]), [s.recall.told() for s in states]
+    inputs, recalled = (
+        np.stack([s.inputs() for s in states]),
+        [s.recall.continuation() for s in states],
+    )
     echo = np.array(recalled)
-    decoder.hear(self.tables.step(inputs, echo), np.array([s.sounding() for s in states]))
+    decoder.step(self.tables.step_ids(inputs, echo), np.array([s.sounding() for s in states]))
     return echo
 
 # %% ../../nbs/generation/10_decoding.ipynb #153eed6b
@@ -221,7 +224,7 @@ def _add_notes(
     echo: np.ndarray,  # (n, 6) recalled rows
 ):
     "Draws part, pitch, duration and velocity for the takes that have a note, and adds the notes."
-    states, first_id = self.states, self.tables.chosen_at
+    states, first_id = self.states, self.tables.row_offsets
     held = np.stack([s.sounding() for s in states])
 
     def draw(field: int, mask: Callable[[int], np.ndarray], bias: Any = 0):
@@ -261,7 +264,7 @@ def _draw_parts(
 ) -> np.ndarray:
     "int64 (n,): a part for each take; the model points at one of the ensemble."
     states, holds = self.states, matching_recall(echo, row)[:, PART]
-    parts = part_features(states, row[:, SHIFT], holds) + self.tables.parts_at
+    parts = part_features(states, row[:, SHIFT], holds) + self.tables.part_offsets
     scores = self.decoder.part_scores(parts, holds * [1, 0], chosen, held)
     row[:, PART] = self._draw(
         PART, scores, lambda k: allowed_parts(states[k]), active, uniforms, holds

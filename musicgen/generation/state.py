@@ -210,7 +210,7 @@ def advance(self: EnsembleState, shift: int):
         self.rows_in_bar = 0
     if shift == vocab.rest:
         self.last_row = (shift, 0, 0, 0, 0)
-        self.recall.hear(*self.last_row)
+        self.recall.update(*self.last_row)
 
 
 @patch
@@ -224,7 +224,7 @@ def add_note(self: EnsembleState, shift: int, part: int, pitch: int, duration: i
         self.class_steps[pitch % 12] += duration
     self.turn, self.rows_in_bar = (part, pitch), self.rows_in_bar + 1
     self.last_row = (shift, part, pitch, duration, velocity)
-    self.recall.hear(*self.last_row)
+    self.recall.update(*self.last_row)
     self.notes.append((self.now, part, pitch, duration, velocity))
 
 # %% ../../nbs/generation/06_state.ipynb #3ff439e3

@@ -231,32 +231,3 @@ def context_features(
         ensemble=who,
         controls=controls,
     )
-
-# %% ../../nbs/model/03_context.ipynb #c0de0030
-# Old names, until the notebooks that use them have the new ones; removed when branches are merged.
-def __getattr__(name: str):
-    import importlib
-
-    for module, names in _MOVED.items():
-        if name in names.split():
-            return getattr(importlib.import_module(f"musicgen.model.{module}"), name)
-    raise AttributeError(name)
-
-
-_MOVED = dict(
-    piece="make_piece CONTROLS controls ensemble to_canonical_key transposition_of",
-    weights="model_hash",
-    columns="STEP_COLUMNS PIECE_COLUMNS",
-    ids="Ids Tables matching_recall recalled_part RECALL_VALUE",
-)
-
-for _old, _new in dict(
-    seen="inputs",
-    held="sounding",
-    now="position",
-    held_now="sounding_after",
-    latest="latest_pitch",
-    loud="latest_velocity",
-    echo="recall",
-).items():
-    setattr(Context, _old, property(lambda self, name=_new: getattr(self, name)))

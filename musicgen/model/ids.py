@@ -163,15 +163,3 @@ def ids(self: Tables, context: Context) -> Ids:
         context.state == UNAVAILABLE,
         context.target,
     )
-
-# %% ../../nbs/model/04_ids.ipynb #c0de0040
-# Old names, until the notebooks that use them have the new ones; removed when branches are merged.
-Tables.told, Tables.step, Tables.number = Tables.piece_ids, Tables.step_ids, Tables.ids
-for _old, _new in dict(
-    seen_at="input_offsets", chosen_at="row_offsets", parts_at="part_offsets", seen="inputs"
-).items():
-    setattr(Tables, _old, property(lambda self, name=_new: getattr(self, name)))
-for _old, _new in dict(
-    seen="inputs", held="sounding", chosen="row", held_now="sounding_after", echo="recall"
-).items():
-    setattr(Ids, _old, property(lambda self, name=_new: getattr(self, name)))

@@ -321,25 +321,3 @@ def forward(
             logits.float(), target[:, k], ignore_index=-1, reduction="none"
         )
     return nats, state
-
-# %% ../../nbs/model/07_lstm.ipynb #c0de0070
-# Old names, until the notebooks that use them have the new ones; removed when branches are merged.
-def __getattr__(name: str):
-    import importlib
-
-    for module, names in _MOVED.items():
-        if name in names.split():
-            return getattr(importlib.import_module(f"musicgen.model.{module}"), name)
-    raise AttributeError(name)
-
-
-_MOVED = dict(
-    batch="Batch collate",
-    files="save_model load_model",
-)
-
-MusicLSTM.heard, MusicLSTM.says = MusicLSTM.input_vectors, MusicLSTM.field_scores
-for _old, _new in dict(
-    before_at="pitch_before_offset", parts="part_table", tower="stack", seen="input_table"
-).items():
-    setattr(MusicLSTM, _old, property(lambda self, name=_new: getattr(self, name)))

@@ -128,7 +128,3 @@ def __deepcopy__(self: RecallState, memo) -> RecallState:
     other.rows, other.hashes = self.rows[:], [hashes[:] for hashes in self.hashes]
     other.last_end, other.index, other.strength = dict(self.last_end), self.index, self.strength
     return other
-
-# %% ../../nbs/model/00_recall.ipynb #c0de0000
-# Old names, until the notebooks that use them have the new ones; removed when branches are merged.
-RecallState.hear, RecallState.told = RecallState.update, RecallState.continuation

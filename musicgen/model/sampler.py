@@ -202,18 +202,3 @@ class Sampler:
         piece = self.pieces[int(np.searchsorted(self.cumulative, rng.random(), side="right"))]
         piece = self.augment(piece, rng, self.grooves, self.config.vocab)
         return piece_to_ids(piece, self.config.vocab, self.config.sources, rng, self.augment.forget)
-
-# %% ../../nbs/model/09_sampler.ipynb #c0de0090
-# Old names, until the notebooks that use them have the new ones; removed when branches are merged.
-def __getattr__(name: str):
-    import importlib
-
-    for module, names in _MOVED.items():
-        if name in names.split():
-            return getattr(importlib.import_module(f"musicgen.model.{module}"), name)
-    raise AttributeError(name)
-
-
-_MOVED = dict(
-    batch="stream_batches prefetch",
-)

@@ -282,20 +282,3 @@ def fit(
     if run.best:
         model.load_state_dict(run.best)
     return run.history
-
-# %% ../../nbs/model/13_trainer.ipynb #c0de0130
-# Old names, until the notebooks that use them have the new ones; removed when branches are merged.
-def __getattr__(name: str):
-    import importlib
-
-    for module, names in _MOVED.items():
-        if name in names.split():
-            return getattr(importlib.import_module(f"musicgen.model.{module}"), name)
-    raise AttributeError(name)
-
-
-_MOVED = dict(
-    loss="loss_on losses_on validation_loss",
-    parallel="single_threaded single_threaded_pool process_rank",
-    settings="TrainingSettings",
-)
