@@ -15,7 +15,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, cast
 
 import mimeparse
 from fastapi import FastAPI
@@ -513,7 +513,7 @@ def make_app(
     app.state.metrics = ApiMetrics(paths, lambda: service.inside)
     app.add_middleware(ApiMiddleware, limits=lambda: service.limits, metrics=app.state.metrics)
     make = app.openapi
-    app.openapi = lambda: _add_schemas(app, make)  # type: ignore[method-assign]
+    cast(Any, app).openapi = lambda: _add_schemas(app, make)
     return app
 
 # %% ../nbs/08_serve.ipynb #06b5e0a7

@@ -13,6 +13,7 @@ import json
 import secrets
 import zlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -91,7 +92,7 @@ class Picker:
     def _ready_made(self) -> list[widgets.Button]:
         "A button for each ready-made ensemble."
         return [
-            button(name, lambda parts=parts: self.show(parts), "mg-pill", ", ".join(parts))
+            button(name, partial(self.show, parts), "mg-pill", ", ".join(parts))
             for name, parts in ENSEMBLES.items()
         ]
 
@@ -99,7 +100,7 @@ class Picker:
         "Makes `chosen` the ensemble."
         self.chosen = list(chosen)
         chips = [
-            button(f"{name}  ×", lambda k=k: self.remove(k), "mg-chip", f"Remove {name}, part {k}")
+            button(f"{name}  ×", partial(self.remove, k), "mg-chip", f"Remove {name}, part {k}")
             for k, name in enumerate(self.chosen, 1)
         ]
         _replace_children(self.chips, chips)
@@ -145,8 +146,7 @@ def _show_family(self: Picker, family: str):
     "Shows a button for each instrument of a family."
     names = _FAMILIES.get(family, ())
     buttons = [
-        button(f"+ {name}", lambda name=name: self.add(name), "mg-pill", f"Add {name}")
-        for name in names
+        button(f"+ {name}", partial(self.add, name), "mg-pill", f"Add {name}") for name in names
     ]
     _replace_children(self.of_family, buttons)
 

@@ -256,7 +256,9 @@ def idle_protocol(
 
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-    class IdleProtocol(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
+    protocol: Any = AutoHTTPProtocol  # chosen when uvicorn is imported
+
+    class IdleProtocol(protocol):
         def connection_made(self, transport):
             super().connection_made(transport)
             peer = transport.get_extra_info("socket")

@@ -12,6 +12,7 @@ import html
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -281,7 +282,7 @@ class Card(widgets.Box):
         waiting = widgets.HTML(message_html("giving it sound …", bad=False))
         self.hearing = box([waiting], "mg-hearing mg-stack")
         self.made = {
-            kind: button(text, lambda kind=kind: ask(kind, self), "mg-small", tip)
+            kind: button(text, partial(ask, kind, self), "mg-small", tip)
             for kind, (text, tip) in _ON_DEMAND.items()
         }
         files = box([self.files, *self.made.values()], "mg-row")
