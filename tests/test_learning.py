@@ -22,7 +22,8 @@ from musicgen.corpus.dataset import Corpus, write_example_corpus
 from musicgen.model.loss import validation_loss
 from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig
 from musicgen.model.sampler import Augment, Sampler
-from musicgen.model.trainer import TrainingSettings, fit
+from musicgen.model.settings import TrainingSettings
+from musicgen.model.trainer import fit
 from musicgen.train import train
 from musicgen.tune import tune
 
