@@ -6,16 +6,14 @@
 __all__ = ['SETS', 'KEYS', 'LOWEST', 'PUBLISHED', 'TARGETS', 'find_set', 'read_rolls', 'example_rolls', 'write_rolls',
            'baselines', 'check_baselines']
 
-# %% ../../nbs/bench/07_frames.ipynb #17689c7f
+# %% ../../nbs/bench/07_frames.ipynb #7f1c8ca8
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
 from ..core import Layout, Rejection, find_input
-from ..corpus.download import download
-from ..corpus.sources import read_sources
+from ..corpus.download import download, read_sources
 
 # %% ../../nbs/bench/07_frames.ipynb #c4899d6e
 SETS = ("JSB_Chorales", "Nottingham", "MuseData", "Piano_midi")
@@ -42,7 +40,7 @@ def find_set(
         print(f"records: {rejection}", flush=True)
         return None
 
-# %% ../../nbs/bench/07_frames.ipynb #e79d1e8e
+# %% ../../nbs/bench/07_frames.ipynb #8904c65f
 def _read_packed(path: Path, split: str) -> list[np.ndarray]:
     "The rolls of a split in an `.npz` file, whose frames are packed to bits."
     arrays = np.load(path)
@@ -55,16 +53,14 @@ def read_rolls(
     split: str,  # "train", "valid" or "test"
 ) -> list[np.ndarray]:
     "bool (frames, 88) of each sequence of a split. `Rejection` of a file without piano rolls."
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
-    unreadable = OSError, ValueError, LookupError, NotImplementedError, BadZipFile, MatReadError
     try:
         if path.suffix == ".npz":
             return _read_packed(path, split)
+        from scipy.io import loadmat
+
         rolls = loadmat(path)[_MAT_NAMES[split]].ravel()
         return [np.asarray(roll, bool)[:, :KEYS] for roll in rolls]
-    except unreadable as error:
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise Rejection(f"{path} holds no piano rolls: {error}") from None
 
 # %% ../../nbs/bench/07_frames.ipynb #810baaa2
