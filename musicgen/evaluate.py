@@ -72,13 +72,13 @@ def compare_with_real(
     bars: int,  # of each take and opening
 ) -> tuple[list[dict], dict]:
     "One row a measure (`compare`), and by measure the values of `takes` and of `real` openings."
-    yardstick = spread_pieces(corpus.pieces("train"), len(takes))
+    reference = spread_pieces(corpus.pieces("train"), len(takes))
     ours, real, others = (
         [measures(score) for score in scores]
         for scores in (
             [take.score for _, take, _ in takes],
             openings,
-            [opening_of(piece, bars, corpus.vocab) for piece in yardstick],
+            [opening_of(piece, bars, corpus.vocab) for piece in reference],
         )
     )
     values = {

@@ -48,7 +48,7 @@ def _check_limits(limits: dict[str, float]):
 # %% ../nbs/07_test.ipynb #23f7e652
 def check_thresholds(
     limits: dict[str, float],  # by the names of `THRESHOLDS`
-    measured: dict[str, float | None],  # values by name; None where there was nothing to measure
+    values: dict[str, float | None],  # by name; None where there was nothing to measure
 ) -> list[dict]:
     """One line for each limit: `name`, `value`, `sign`, `limit`, and whether it `holds`.
 
@@ -56,7 +56,7 @@ def check_thresholds(
     _check_limits(limits)
     lines = []
     for name, limit in limits.items():
-        sign, value = THRESHOLDS[name][0], measured[name]
+        sign, value = THRESHOLDS[name][0], values[name]
         holds = value is not None and (value >= limit if sign == ">=" else value <= limit)
         lines.append(dict(name=name, value=value, sign=sign, limit=limit, holds=bool(holds)))
     return lines
@@ -69,24 +69,24 @@ def measure_model(
     trained: Trained,
     samples: int,  # takes
     bars: int,  # of each take
-    known: dict | None = None,  # the likelihood of the test split, if it was measured before
+    test_nats: dict | None = None,  # the likelihood of the test split, if it was measured before
 ) -> dict:
     "The measurements of a model: `likelihood`, and `values` by the names of `THRESHOLDS`."
     corpus, model, _, loaded = trained
-    if known is None:
+    if test_nats is None:
         print("test: measuring the test split of this model", flush=True)
-        known = likelihood(model, corpus, "test")
+        test_nats = likelihood(model, corpus, "test")
     requests = requests_like(corpus.pieces("valid"), samples, bars, FIRST_SEED)
     takes = make_takes(loaded, requests, "test")
     shares = promises_kept(takes)
     names = ("parts_exact", "bars_exact", "tempo_exact", "metre_exact", "lint_free")
     values = {name: shares[promise] for name, promise in zip(names, PROMISES)} | dict(
-        nats_per_note=known["nats"]["model"]["total"],
+        nats_per_note=test_nats["nats"]["model"]["total"],
         key_heard=shares["key"],
         longest_copy_bars=max(t.take.report["originality"]["longest_bars"] for t in takes),
     )
-    values |= {f"gain_over_{name}": gain["value"] for name, gain in known["gain"].items()}
-    return dict(samples=samples, bars=bars, likelihood=known, values=values)
+    values |= {f"gain_over_{name}": gain["value"] for name, gain in test_nats["gain"].items()}
+    return dict(samples=samples, bars=bars, likelihood=test_nats, values=values)
 
 # %% ../nbs/07_test.ipynb #e324ce51
 def stored_measurements(layout: Layout) -> dict:
@@ -94,8 +94,8 @@ def stored_measurements(layout: Layout) -> dict:
     if not layout.examination.exists():
         return {}
     try:
-        stored = json.loads(layout.examination.read_text())["measurements"]
-        return {name: m for name, m in stored.items() if "families" in m["likelihood"]}
+        measurements = json.loads(layout.examination.read_text())["measurements"]
+        return {name: m for name, m in measurements.items() if "families" in m["likelihood"]}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Rejection(f"{layout.examination} is not what the test stage wrote") from None
 

@@ -64,16 +64,16 @@ def share(values: list[bool]) -> dict:
 
 # %% ../../nbs/evaluation/01_adherence.ipynb #6a726288
 def key_relation(
-    asked: str,  # one of `KEYS`
-    found: str,  # one of `KEYS`, or "" where no key is heard
+    key: str,  # one of `KEYS`: the one asked for
+    other: str,  # one of `KEYS`: the one heard; "" where none is
 ) -> str:
-    "How a key lies to the one asked for: exact, relative, fifth, parallel, other, or none."
-    if not found:
+    "How another key lies to a key: exact, relative, fifth, parallel, other, or none."
+    if not other:
         return "none"
-    a, b = parse_key(asked), parse_key(found)
+    a, b = parse_key(key), parse_key(other)
     if a == b:
         return "exact"
-    major = [(key + 3 * (key // 12)) % 12 for key in (a, b)]  # the tonic of the same signature
+    major = [(k + 3 * (k // 12)) % 12 for k in (a, b)]  # the tonic of the same signature
     if major[0] == major[1]:
         return "relative"
     if a // 12 == b // 12 and (a - b) % 12 in (5, 7):
@@ -85,9 +85,9 @@ _RELATIONS = ("exact", "relative", "fifth", "parallel", "other", "none")
 
 
 def key_agreement(pairs: list[tuple[str, str]]) -> dict:
-    """Of (asked, found) keys, the shares `exact` and `near`, and the frequency of each relation.
+    """Of pairs of keys, asked for and heard: the shares `exact` and `near`, and `relations`.
 
-    Near is exact, relative, or a fifth away."""
+    Near is exact, relative, or a fifth away; `relations` has the frequency of each."""
     relations = [key_relation(*pair) for pair in pairs]
     count = max(len(relations), 1)
     return dict(
@@ -122,7 +122,7 @@ def control_adherence(
     minor keys; `density` the quartiles of density found over density asked. A control that a
     request leaves open is not counted. Raises `Rejection` when there is no request."""
     if not requests:
-        raise Rejection("control adherence has 0 requests to judge by; it needs at least 1")
+        raise Rejection("control adherence has 0 requests; it needs at least 1")
     checks = []
     for k, request in enumerate(requests, 1):
         checks.append((request, check_take(request, generate(loaded, request)[0].midi)))

@@ -51,23 +51,24 @@ class _Contexts:
 
     def __init__(self, piece: Piece, vocab: Vocab):
         self.vocab, rows = vocab, piece.rows.astype(np.int64)
-        known = context_features(piece, vocab, controls(piece.header.bpm, piece.header.metre))
-        column = dict(zip(INPUT_COLUMNS, known.seen.T))
-        self.target, self.unavailable = known.target, known.state == 0
-        self.value = np.maximum(known.target, 0)  # (n + 1, 5)
+        context = context_features(piece, vocab, controls(piece.header.bpm, piece.header.metre))
+        column = dict(zip(INPUT_COLUMNS, context.seen.T))
+        self.target, self.unavailable = context.target, context.state == 0
+        self.value = np.maximum(context.target, 0)  # (n + 1, 5)
         self.minor, self.tonic = divmod(KEYS.index(piece.key) if piece.key else 0, 12)
         self.place = column["beat"] * vocab.grid + column["step"]  # in the bar, before the shift
-        self.now = known.now @ [vocab.grid, 1]  # in the bar, after the shift
+        self.now = context.now @ [vocab.grid, 1]  # in the bar, after the shift
         self.wait = column["wait"]  # steps until the next sounding note ends
         self.last_bar = column["bars_left"] == 1
         self.chord = self.value[:, SHIFT] == 0  # at the onset of the row before, or of the piece
         self.before = np.concatenate([np.full((1, 5), _NO_ROW), rows])  # the row before each row
         self.drum_before = column["program"] == DRUMS
         self.older_shift = np.append([_NO_ROW] * 2, rows[:-1, SHIFT])[: len(rows) + 1]
-        self.parts, self.states = np.full(len(rows) + 1, len(known.ensemble)), known.state[:, :15]
-        last = last_row_of_parts(rows[:, PART], rows[:, DURATION] > 0, len(known.ensemble))
+        parts, self.states = len(context.ensemble), context.state[:, :15]
+        self.parts = np.full(len(rows) + 1, parts)
+        last = last_row_of_parts(rows[:, PART], rows[:, DURATION] > 0, parts)
         self.mine, self.older = _latest_rows(rows, self.value[:, PART], last)
-        self.program, self.rank = known.ensemble[self.value[:, PART]].T
+        self.program, self.rank = context.ensemble[self.value[:, PART]].T
         self.drum = self.program == DRUMS
 
     def degree(self, pitch: np.ndarray, drum: np.ndarray) -> np.ndarray:
@@ -164,10 +165,10 @@ def _rank(sorted_values: np.ndarray) -> np.ndarray:
     return np.arange(len(sorted_values)) - np.searchsorted(sorted_values, sorted_values)
 
 # %% ../../nbs/evaluation/00_baselines.ipynb #ed076c54
-def _position(sorted_values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    "The index of each `wanted` value in a sorted array of values from 0, -1 where it is absent."
-    at = np.searchsorted(sorted_values, wanted)
-    return np.where(np.append(sorted_values, -9)[at] == wanted, at, -1)
+def _position(sorted_values: np.ndarray, values: np.ndarray) -> np.ndarray:
+    "The index of each of the `values` in a sorted array of values from 0, -1 where it is absent."
+    at = np.searchsorted(sorted_values, values)
+    return np.where(np.append(sorted_values, -9)[at] == values, at, -1)
 
 # %% ../../nbs/evaluation/00_baselines.ipynb #b97b8bf4
 def _earlier_shifts(
@@ -196,10 +197,10 @@ def _earlier_notes(
     "int64 (m, 4): part, pitch, duration and velocity one bar earlier, -1 where there is no note."
     rank, by_part = _rank(at), at * most_parts + notes[:, PART]
     rank_in_part, earlier = _rank(by_part), _step_earlier(at, lines)
-    found = lambda codes, wanted: np.where(earlier >= 0, _position(codes, wanted), -1)
-    same_rank = found(at * 256 + rank, earlier * 256 + rank)
-    wanted = (earlier * most_parts + notes[:, PART]) * 256 + rank_in_part
-    same_part = found(by_part * 256 + rank_in_part, wanted)[:, None]
+    index = lambda codes, values: np.where(earlier >= 0, _position(codes, values), -1)
+    same_rank = index(at * 256 + rank, earlier * 256 + rank)
+    code = (earlier * most_parts + notes[:, PART]) * 256 + rank_in_part
+    same_part = index(by_part * 256 + rank_in_part, code)[:, None]
     part = np.where(same_rank >= 0, notes[same_rank, PART], -1)
     return np.column_stack([part, np.where(same_part >= 0, notes[same_part[:, 0], PITCH:], -1)])
 
@@ -283,9 +284,9 @@ def probability(self: Ngram, chain: list[np.ndarray], symbols: np.ndarray) -> np
     for level, column in zip(self.levels, chain):
         at = _position(level.contexts, column)
         pair = _position(level.pairs, at * self.size + symbols)
-        seen = np.where(pair >= 0, level.counts[pair], 0)
-        shared = self.smoothing * level.kinds[at]
-        p = np.where(at >= 0, (seen + shared * p) / (level.totals[at] + shared), p)
+        count = np.where(pair >= 0, level.counts[pair], 0)
+        wider = self.smoothing * level.kinds[at]
+        p = np.where(at >= 0, (count + wider * p) / (level.totals[at] + wider), p)
     return p
 
 # %% ../../nbs/evaluation/00_baselines.ipynb #b6525766
@@ -389,5 +390,5 @@ def bootstrap_means(
     pieces = len(notes)
     rng = np.random.default_rng(0)
     times = rng.multinomial(pieces, np.full(pieces, 1 / pieces), draws)
-    drawn = times @ totals / (times @ notes)[:, None]
-    return np.vstack([totals.sum(0) / notes.sum(), np.percentile(drawn, [2.5, 97.5], axis=0)])
+    means = times @ totals / (times @ notes)[:, None]
+    return np.vstack([totals.sum(0) / notes.sum(), np.percentile(means, [2.5, 97.5], axis=0)])

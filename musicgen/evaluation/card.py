@@ -141,26 +141,26 @@ def _results(evaluation: dict, test: dict, name: str) -> str:
         ]
     else:
         text.append("It has not been evaluated.")
-    measured = test.get("measurements", {}).get(f"{name}-{test.get('corpus')}")
-    if test.get("model") != name or not measured:
+    measurements = test.get("measurements", {}).get(f"{name}-{test.get('corpus')}")
+    if test.get("model") != name or not measurements:
         return "\n\n".join([*text, "It has not been tested."])
     return "\n\n".join(
-        [*text, _likelihood("test", measured["likelihood"]), _thresholds(test["gates"])]
+        [*text, _likelihood("test", measurements["likelihood"]), _thresholds(test["gates"])]
     )
 
 # %% ../../nbs/evaluation/08_card.ipynb #b1d1ecf5
 def _training(record: dict, shape: dict) -> str:
     "Settings and versions, and the command that makes the model again."
-    settings, listed = record["plan"], lambda d: ", ".join(f"{k} {v}" for k, v in d.items())
+    settings, words = record["plan"], lambda d: ", ".join(f"{k} {v}" for k, v in d.items())
     rows = [
         ["setting", "value"],
-        ["shape", listed({k: shape[k] for k in ("hidden", "layers", "head", "dropout")})],
+        ["shape", words({k: shape[k] for k in ("hidden", "layers", "head", "dropout")})],
         ["learning rate", f"{settings['lr']:g}"],
         ["batch", f"{settings['batch']} x {settings['length']}"],
         ["epochs", f"{record['rounds']} of {settings['rounds']}, {settings['steps']} steps each"],
-        ["augmentation", listed(settings["augment"])],
+        ["augmentation", words(settings["augment"])],
         ["seed", settings["seed"]],
-        ["versions", listed(record["versions"])],
+        ["versions", words(record["versions"])],
     ]
     if init := record.get("init"):
         rows.append(["initial model", init["hash"]])

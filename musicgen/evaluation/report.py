@@ -17,9 +17,9 @@ from ..core import Layout, write_atomic
 from .adherence import PROMISES
 from .figures import plot_distributions, plot_history, png_bytes
 from .provenance import fine_tuning_summary
-from .templates import interval, page, percent, picture, player, render
-from ..music.midi import read_midi
+from .templates import audio_player, interval, page, percent, picture, render
 from ..music.roll import caption, roll_png
+from ..music.score import read_midi
 from ..music.tokens import FIELDS
 
 # %% ../../nbs/evaluation/07_report.ipynb #d7d2aed3
@@ -133,7 +133,7 @@ def _piece(layout: Layout, file: str, title: str, words: str) -> Markup:
     "A MIDI file of the samples."
     score = read_midi(layout.samples / file)
     roll = picture(lambda dark: roll_png(score, dark, dpi=110), caption(score))
-    return render(_PIECE, title=title, roll=roll, sound=player(score), words=words, file=file)
+    return render(_PIECE, title=title, roll=roll, sound=audio_player(score), words=words, file=file)
 
 # %% ../../nbs/evaluation/07_report.ipynb #d4a9db77
 _TAKE = """Asked: {{ bars }} bars of {{ time_signature }} at {{ tempo | short }},
@@ -177,7 +177,7 @@ _SIMILARITY = """
 <h2>Similarity to real music</h2>
 <p class="soft">Medians, the overlap of the distributions, and how far those of the takes diverge
 from those of real music (Kullback-Leibler). As many real pieces in place of the takes are the
-yardstick. No listening test was done.</p>
+reference. No listening test was done.</p>
 {{ table(rows) }}
 <p class="soft">Real music is filled, the takes are a line.</p>
 <div class="small">
@@ -215,18 +215,17 @@ have them, too.</p>
 
 def _originality_section(evaluation: dict) -> Markup:
     "What takes and held-out pieces share with the training pieces."
+    music = dict(takes="takes", held_out="held-out pieces")
     rows = [
         {
-            "music": music,
-            "pieces": shared["pieces"],
-            "longest, bars": shared["longest_bars"],
-            "median, bars": shared["median_bars"],
-            "longest, notes": shared["longest_notes"],
-            "share covered": shared["covered"],
+            "music": music[name],
+            "pieces": passages["pieces"],
+            "longest, bars": passages["longest_bars"],
+            "median, bars": passages["median_bars"],
+            "longest, notes": passages["longest_notes"],
+            "share covered": passages["covered"],
         }
-        for music, shared in zip(
-            ("takes", "held-out pieces"), map(evaluation["originality"].get, ("takes", "held_out"))
-        )
+        for name, passages in evaluation["originality"].items()
     ]
     return render(_ORIGINALITY, rows=rows)
 

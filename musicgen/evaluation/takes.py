@@ -56,12 +56,12 @@ def spread_pieces(pieces: Sequence[Piece], count: int) -> list[Piece]:
     "At most `count` pieces, the sources by turns, evenly spaced within each."
     sources = sorted({piece.dataset for piece in pieces})
     turns = -(-count // max(len(sources), 1))
-    picked = []
+    by_source = []
     for source in sources:
         mine = [piece for piece in pieces if piece.dataset == source]
         places = np.unique(np.linspace(0, len(mine) - 1, turns).round().astype(int))
-        picked.append([mine[k] for k in places])
-    return [mine[k] for k in range(turns) for mine in picked if k < len(mine)][:count]
+        by_source.append([mine[k] for k in places])
+    return [mine[k] for k in range(turns) for mine in by_source if k < len(mine)][:count]
 
 # %% ../../nbs/evaluation/04_takes.ipynb #0e76f7a3
 BAND = ["Electric Guitar (clean)", "Acoustic Grand Piano", "Electric Bass (finger)", "Drums"]
