@@ -6,9 +6,10 @@
 __all__ = ['SETS', 'KEYS', 'LOWEST', 'PUBLISHED', 'TARGETS', 'find_set', 'read_rolls', 'example_rolls', 'write_rolls',
            'baselines', 'check_baselines']
 
-# %% ../../nbs/bench/07_frames.ipynb #7f1c8ca8
+# %% ../../nbs/bench/07_frames.ipynb #17689c7f
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -40,7 +41,7 @@ def find_set(
         print(f"records: {rejection}", flush=True)
         return None
 
-# %% ../../nbs/bench/07_frames.ipynb #8904c65f
+# %% ../../nbs/bench/07_frames.ipynb #e79d1e8e
 def _read_packed(path: Path, split: str) -> list[np.ndarray]:
     "The rolls of a split in an `.npz` file, whose frames are packed to bits."
     arrays = np.load(path)
@@ -53,14 +54,16 @@ def read_rolls(
     split: str,  # "train", "valid" or "test"
 ) -> list[np.ndarray]:
     "bool (frames, 88) of each sequence of a split. `Rejection` of a file without piano rolls."
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    unreadable = OSError, ValueError, LookupError, NotImplementedError, BadZipFile, MatReadError
     try:
         if path.suffix == ".npz":
             return _read_packed(path, split)
-        from scipy.io import loadmat
-
         rolls = loadmat(path)[_MAT_NAMES[split]].ravel()
         return [np.asarray(roll, bool)[:, :KEYS] for roll in rolls]
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except unreadable as error:
         raise Rejection(f"{path} holds no piano rolls: {error}") from None
 
 # %% ../../nbs/bench/07_frames.ipynb #810baaa2

@@ -137,7 +137,7 @@ def _add_row(
     print(f"records: {name}, seed {seed}: {row['test']:.2f} nats per frame", flush=True)
     return [r for r in rows if (r["set"], r["seed"]) != (name, seed)] + [row]
 
-# %% ../../nbs/bench/09_records.ipynb #82c5d12f
+# %% ../../nbs/bench/09_records.ipynb #06691045
 def records(
     layout: Layout,
     sets: Mapping[str, Mapping[str, Any]],  # one of `SETS` -> values unlike a `Setting`'s defaults
@@ -157,8 +157,9 @@ def records(
             continue
         costs = check_baselines(name, path, published)
         for seed in seeds:
-            rows = _add_row(layout, rows, name, path, costs, setting, seed)
-            write_atomic(out, json.dumps(rows, indent=1))
+            before, rows = rows, _add_row(layout, rows, name, path, costs, setting, seed)
+            if rows is not before:
+                write_atomic(out, json.dumps(rows, indent=1))
     if sets and not rows:
         raise Rejection(f"none of the sets {', '.join(sets)} is in {layout.frames}")
     return rows

@@ -6,12 +6,16 @@
 __all__ = ['bench']
 
 # %% ../../nbs/bench/06_speed.ipynb #8bc6a077
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from .decoding import decoding_figures
 from .figures import Figure, write_figures
 from .growth import growth_figures, measure_growth
 from musicgen.bench.reading import (
+    LONG_FILE,
     grid_figures,
     long_files,
     read_write_figures,
@@ -20,7 +24,7 @@ from musicgen.bench.reading import (
 from .training import batch_figures, training_figures
 from ..core import SHIPPED_MODEL, Layout
 from ..generation.generate import read_model
-from ..music.score import Score, read_midi
+from ..music.score import DURATION, ONSET, Score, read_midi
 
 # %% ../../nbs/bench/06_speed.ipynb #b8905333
 def _spread_scores(
@@ -30,6 +34,18 @@ def _spread_scores(
     "At most so many scores of `data/raw`, evenly spread."
     paths = sorted(layout.raw.rglob("*.mid"))
     return [read_midi(path) for path in paths[:: -(-len(paths) // most)]]
+
+# %% ../../nbs/bench/06_speed.ipynb #b6e39dd5
+def _repeated(
+    score: Score,
+    notes: int = LONG_FILE,  # that it shall have, at least
+) -> Score:
+    "The score, as often after itself as gives so many notes."
+    length = int((score.notes[:, ONSET] + score.notes[:, DURATION]).max())
+    times = -(-notes // len(score.notes))
+    shifts = np.zeros((times, 1, score.notes.shape[1]), score.notes.dtype)
+    shifts[:, 0, ONSET] = length * np.arange(times)
+    return replace(score, notes=(score.notes + shifts).reshape(-1, score.notes.shape[1]))
 
 # %% ../../nbs/bench/06_speed.ipynb #f76e8ffd
 def bench(
