@@ -348,6 +348,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'musicgen.bench.load._growth': ('bench/load.html#_growth', 'musicgen/bench/load.py'),
                                      'musicgen.bench.load._rate_figures': ('bench/load.html#_rate_figures', 'musicgen/bench/load.py'),
                                      'musicgen.bench.load._requests': ('bench/load.html#_requests', 'musicgen/bench/load.py'),
+                                     'musicgen.bench.load._run': ('bench/load.html#_run', 'musicgen/bench/load.py'),
                                      'musicgen.bench.load._run_clients': ('bench/load.html#_run_clients', 'musicgen/bench/load.py'),
                                      'musicgen.bench.load._send': ('bench/load.html#_send', 'musicgen/bench/load.py'),
                                      'musicgen.bench.load._simple_rate': ('bench/load.html#_simple_rate', 'musicgen/bench/load.py'),

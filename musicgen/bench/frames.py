@@ -22,7 +22,7 @@ _MAT_NAMES = {"train": "traindata", "valid": "validdata", "test": "testdata"}  #
 KEYS = 88  # of a piano
 LOWEST = 21  # the pitch of its lowest key
 
-
+# %% ../../nbs/bench/07_frames.ipynb #70eb4144
 def find_set(
     layout: Layout,
     name: str,  # one of `SETS`
@@ -66,7 +66,7 @@ def read_rolls(
     except unreadable as error:
         raise Rejection(f"{path} holds no piano rolls: {error}") from None
 
-# %% ../../nbs/bench/07_frames.ipynb #810baaa2
+# %% ../../nbs/bench/07_frames.ipynb #0ea81682
 def _walking_chords(rng: np.random.Generator, length: int) -> np.ndarray:
     "bool (length, 88): triads on the degrees of a major scale, each next to the one before."
     scale = np.array([0, 2, 4, 5, 7, 9, 11])
@@ -76,7 +76,7 @@ def _walking_chords(rng: np.random.Generator, length: int) -> np.ndarray:
     roll[np.arange(length)[:, None], 30 + scale[steps % 7] + 12 * (steps // 7)] = True
     return roll
 
-
+# %% ../../nbs/bench/07_frames.ipynb #a26b82b7
 def example_rolls(
     rng: np.random.Generator,
     length: int = 48,  # frames of each sequence
@@ -85,7 +85,7 @@ def example_rolls(
     sizes = {"train": 24, "valid": 6, "test": 6}
     return {s: [_walking_chords(rng, length) for _ in range(n)] for s, n in sizes.items()}
 
-
+# %% ../../nbs/bench/07_frames.ipynb #fb90511f
 def write_rolls(
     splits: Mapping[str, Sequence[np.ndarray]],
     path: Path,  # an `.npz` file
@@ -104,7 +104,7 @@ def _laplace(successes: np.ndarray, trials: np.ndarray | int) -> np.ndarray:
     "Probabilities by Laplace's rule of succession."
     return (successes + 1) / (trials + 2)
 
-
+# %% ../../nbs/bench/07_frames.ipynb #dd4204e8
 def _key_chances(train: Sequence[np.ndarray], markov: bool) -> tuple[np.ndarray, np.ndarray]:
     "(88,) the chance that a key sounds if it did not sound one frame before, and if it did."
     if not markov:
@@ -119,7 +119,7 @@ def _key_chances(train: Sequence[np.ndarray], markov: bool) -> tuple[np.ndarray,
     )
     return off, on
 
-
+# %% ../../nbs/bench/07_frames.ipynb #8e2495ac
 def _independent_keys(
     rolls: Sequence[np.ndarray], train: Sequence[np.ndarray], markov: bool
 ) -> float:

@@ -14,12 +14,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from tempfile import TemporaryFile
-from threading import Thread
 from typing import IO, Any
 
 import numpy as np
@@ -41,13 +40,13 @@ def _requests(count: int = 16, bars: int = 8) -> list[Request]:
     quartet = ["Violin", "Violin", "Viola", "Cello"]
     return [Request(quartet, bars=bars, seed=seed) for seed in range(count)]
 
-
+# %% ../../nbs/bench/12_load.ipynb #34de0caf
 def _expected(model: LoadedModel, requests: list[Request]) -> Expected:
     "What each request gives when it is generated alone."
     takes = {json.dumps(r.to_dict()): generate(model, r)[0] for r in requests}
     return {text: (take.midi, len(take.score.notes)) for text, take in takes.items()}
 
-# %% ../../nbs/bench/12_load.ipynb #80a87fcb
+# %% ../../nbs/bench/12_load.ipynb #7d409ed0
 OURS = "from musicgen.serve import run; run()"
 NAIVE = """
 import os, uvicorn
@@ -64,14 +63,14 @@ def health(): return "ok"
 uvicorn.run(app, port=int(os.environ["MUSICGEN_API_PORT"]), log_level="error")
 """
 
-
+# %% ../../nbs/bench/12_load.ipynb #24d22613
 def _free_port() -> int:
     "A TCP port that nothing listens on."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
-
+# %% ../../nbs/bench/12_load.ipynb #0486d669
 def _wait_until_ready(address: str, process: subprocess.Popen, errors: IO[bytes]) -> None:
     "Returns when `/health` answers. RuntimeError with the end of `errors` if the process ended."
     import httpx
@@ -117,7 +116,7 @@ def serving(
             finally:
                 process.kill()
 
-# %% ../../nbs/bench/12_load.ipynb #debb8bb3
+# %% ../../nbs/bench/12_load.ipynb #9ae7c678
 @dataclass
 class Load:
     "What clients measured."
@@ -138,20 +137,26 @@ class Load:
         "Notes a second."
         return self.notes / self.seconds
 
-
+# %% ../../nbs/bench/12_load.ipynb #ddeb3190
 @patch
-def check(self: Load, body: dict[str, Any], answer: Any, expected: Expected) -> int:
-    "The notes of an answer (an `httpx.Response`); 0, and an entry in `wrong`, if it is not right."
+def check(self: Load, body: dict[str, Any], answer: Any, expected: Expected) -> int | None:
+    "The notes of an `httpx.Response`; None, and an entry in `wrong`, if it is not as expected."
     if answer.status_code != 200:
         self.wrong.append(f"{answer.status_code}: {answer.text[:200]}")
-        return 0
+        return None
     receipt = read_receipt(answer.content)
     request = receipt["request"] if receipt else None
     midi, notes = expected.get(json.dumps(request), (b"", 0))
     if answer.content != midi or request != body:
         self.wrong.append(f"other bytes: {request}")
-        return 0
+        return None
     return notes
+
+# %% ../../nbs/bench/12_load.ipynb #dcaa2fe5
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    "Runs a coroutine to its end in a thread; what it raises is raised."
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, work).result()
 
 # %% ../../nbs/bench/12_load.ipynb #a8365d31
 async def _send(client: Any, body: dict[str, Any], expected: Expected, load: Load) -> None:
@@ -169,18 +174,19 @@ async def _send(client: Any, body: dict[str, Any], expected: Expected, load: Loa
             break
         load.later += 1
         await asyncio.sleep(float(answer.headers["Retry-After"]))
-    if notes := load.check(body, answer, expected):
+    notes = load.check(body, answer, expected)
+    if notes is not None:
         load.waits.append(time.perf_counter() - start)
         load.notes += notes
 
-
+# %% ../../nbs/bench/12_load.ipynb #12057f85
 async def _watch(pid: int, load: Load) -> None:
     "Reads the memory of a process and its children once a second."
     while pid:
         load.held.append(private_bytes(pid))
         await asyncio.sleep(1)
 
-
+# %% ../../nbs/bench/12_load.ipynb #bd430414
 async def _run_clients(
     address: str, expected: Expected, clients: int, seconds: float, pid: int, load: Load
 ) -> None:
@@ -206,17 +212,14 @@ async def _run_clients(
 # %% ../../nbs/bench/12_load.ipynb #97949e10
 def press(
     address: str,  # of a server
-    known: Expected,
+    expected: Expected,
     clients: int,
     seconds: float = 0.0,  # for which each client sends requests; 0: each sends one
     pid: int = 0,  # of the server, whose memory is watched; 0: none is
 ) -> Load:
     "What so many clients measured."
     load = Load()
-    work = _run_clients(address, known, clients, seconds, pid, load)
-    thread = Thread(target=lambda: asyncio.run(work))  # a notebook has an event loop of its own
-    thread.start()
-    thread.join()
+    _run(_run_clients(address, expected, clients, seconds, pid, load))
     return load
 
 # %% ../../nbs/bench/12_load.ipynb #9b85c5aa
@@ -244,11 +247,9 @@ def _workers_rate(workers: list[subprocess.Popen], seconds: float) -> float:
         print(seconds, 5 * k, file=worker.stdin, flush=True)
     return sum(float(worker.stdout.readline()) for worker in workers if worker.stdout)
 
-
+# %% ../../nbs/bench/12_load.ipynb #5207f8c3
 @contextmanager
-def _workers(
-    layout: Layout, expected: Expected, count: int
-) -> Iterator[Callable[[float], float]]:
+def _workers(layout: Layout, expected: Expected, count: int) -> Iterator[Callable[[float], float]]:
     "A function: notes a second of so many processes of `generate`, over some seconds."
     command = [sys.executable, "-c", WORKER, str(layout.root), f"[{', '.join(expected)}]"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -303,14 +304,14 @@ def _three_rates(
             rates["naive"].append(_simple_rate(naive, expected, clients, seconds))
     return {name: statistics.median(values) for name, values in rates.items()}
 
-# %% ../../nbs/bench/12_load.ipynb #056df547
+# %% ../../nbs/bench/12_load.ipynb #c9017e14
 def _growth(held: list[int]) -> float:
     "The median memory of the last quarter, divided by that of the second quarter."
     quarter = max(1, len(held) // 4)
     second = held[quarter : 2 * quarter] or held[:1]
     return statistics.median(held[-quarter:]) / statistics.median(second)
 
-
+# %% ../../nbs/bench/12_load.ipynb #590949d6
 def _rate_figures(rates: dict[str, float]) -> list[Figure]:
     "The service's rate, compared with the two others."
     ours, own, naive = rates["ours"], rates["own"], rates["naive"]
@@ -321,7 +322,7 @@ def _rate_figures(rates: dict[str, float]) -> list[Figure]:
         Figure("throughput, of a naive torch server's", ours / naive, "x", "", simple),
     ]
 
-
+# %% ../../nbs/bench/12_load.ipynb #5952e1e2
 def _wait_figures(load: Load, where: str) -> list[Figure]:
     "The median and the 99th percentile of the waits."
     quantiles = {"p50": 0.5, "p99": 0.99}
