@@ -23,10 +23,9 @@ from ..model.columns import INPUT_COLUMNS, PIECE_COLUMNS, STEP_COLUMNS
 from ..model.loss import validation_loss
 from ..model.lstm import LSTMStack, MusicLSTM, MusicLSTMConfig
 from ..model.sampler import NO_AUGMENTATION, Augment, Sampler
-from ..model.settings import TrainingSettings
-from ..model.trainer import fit
+from ..model.trainer import TrainingSettings, fit
 
-# %% ../../nbs/bench/10_ablations.ipynb #d3aa6508
+# %% ../../nbs/bench/10_ablations.ipynb #037e9f47
 class _NoRecall(MusicLSTM):
     "Without the recall: what followed the last time is unknown."
 
@@ -37,7 +36,7 @@ class _NoRecall(MusicLSTM):
         masked = batch._replace(inputs=inputs, recall=0 * batch.recall, parts=parts)
         return super().forward(masked, *rest)
 
-
+# %% ../../nbs/bench/10_ablations.ipynb #aa6a383a
 class _NoSounding(MusicLSTM):
     "Without the sounding pitches, in the LSTM and in the heads."
 
@@ -46,7 +45,7 @@ class _NoSounding(MusicLSTM):
         silence = torch.zeros_like(batch.sounding)
         return super().forward(batch._replace(sounding=silence, sounding_after=silence), *rest)
 
-
+# %% ../../nbs/bench/10_ablations.ipynb #3e16c8fe
 class _NoControls(MusicLSTM):
     "Without the controls of the piece: tempo, metre, key, density, source."
 
@@ -56,7 +55,7 @@ class _NoControls(MusicLSTM):
         inputs[..., STEP_COLUMNS:PIECE_COLUMNS] = 0
         return super().forward(batch._replace(inputs=inputs), *rest)
 
-# %% ../../nbs/bench/10_ablations.ipynb #fd28639c
+# %% ../../nbs/bench/10_ablations.ipynb #201b4d51
 class _NoIntervals(MusicLSTM):
     "Without the melodic interval in the scores of pitches."
 
@@ -64,7 +63,7 @@ class _NoIntervals(MusicLSTM):
         super().__init__(config)
         self.melodic_interval.weight.requires_grad_(False).zero_()
 
-
+# %% ../../nbs/bench/10_ablations.ipynb #08441eb8
 class _NotRelative(_NoIntervals):
     "Without any interval: sounding pitches are pitches only, too."
 
@@ -74,7 +73,7 @@ class _NotRelative(_NoIntervals):
         for layer in (self.interval_features, self.harmonic_interval, in_head):
             layer.weight.requires_grad_(False).zero_()
 
-# %% ../../nbs/bench/10_ablations.ipynb #e6a14f33
+# %% ../../nbs/bench/10_ablations.ipynb #d2e1fa7c
 class _RowsOf(nn.Module):
     "An output layer whose weights are rows of an embedding."
 
@@ -87,7 +86,7 @@ class _RowsOf(nn.Module):
         "(N, size) scores of (N, K) hidden units."
         return nn.functional.linear(z, self.table.weight[self.rows], self.bias)
 
-
+# %% ../../nbs/bench/10_ablations.ipynb #1b82e5dc
 class _Tied(MusicLSTM):
     "A pitch is scored with the vector by which it is read."
 
@@ -97,7 +96,7 @@ class _Tied(MusicLSTM):
         size = head.output.out_features
         head.output = _RowsOf(self.input_table, self.pitch_before_offset, size)  # type: ignore[assignment]
 
-# %% ../../nbs/bench/10_ablations.ipynb #2f8f1ee7
+# %% ../../nbs/bench/10_ablations.ipynb #89c0a686
 class _NormedStack(LSTMStack):
     "With a layer norm before each LSTM, and one after the last."
 
@@ -114,7 +113,7 @@ class _NormedStack(LSTMStack):
             after.append(new)
         return self.locked_dropout(self.norms[-1](x), rng), after
 
-
+# %% ../../nbs/bench/10_ablations.ipynb #2d0179cc
 class _PlainStack(LSTMStack):
     "Without the residual connection around the second LSTM."
 
@@ -126,7 +125,7 @@ class _PlainStack(LSTMStack):
             after.append(new)
         return self.locked_dropout(x, rng), after
 
-
+# %% ../../nbs/bench/10_ablations.ipynb #bd010306
 def _with_stack(kind: type[LSTMStack]) -> type[MusicLSTM]:
     "A `MusicLSTM` with another stack."
 
@@ -161,7 +160,7 @@ VARIANTS: dict[str, tuple[type[MusicLSTM], dict[str, Any], dict[str, Any]]] = {
     "loudness jitter": (MusicLSTM, {}, {"augment": Augment(jitter=2)}),
 }
 
-# %% ../../nbs/bench/10_ablations.ipynb #9e6ab56d
+# %% ../../nbs/bench/10_ablations.ipynb #cbaf7d20
 def _untrained(name: str, corpus: Corpus, hidden: int) -> MusicLSTM:
     "The model of a variant for a corpus."
     kind, values, _ = VARIANTS[name]
@@ -169,7 +168,7 @@ def _untrained(name: str, corpus: Corpus, hidden: int) -> MusicLSTM:
     values["head"] = round(values["head"] * hidden)
     return kind(MusicLSTMConfig(**values, vocab=corpus.vocab, sources=corpus.sources))
 
-
+# %% ../../nbs/bench/10_ablations.ipynb #d8f95004
 def _train_variant(
     name: str, corpus: Corpus, hidden: int, settings: TrainingSettings
 ) -> dict[str, Any]:
@@ -186,7 +185,7 @@ def _train_variant(
         "cpu_seconds": round(time.process_time() - start, 1),
     }
 
-# %% ../../nbs/bench/10_ablations.ipynb #08f8221d
+# %% ../../nbs/bench/10_ablations.ipynb #aa7d85c8
 def _names(variants: str) -> list[str]:
     "The names in a list with semicolons; all for an empty one. `Rejection` of an unknown name."
     names = [name.strip() for name in variants.split(";") if name.strip()]
@@ -195,7 +194,7 @@ def _names(variants: str) -> list[str]:
             raise Rejection(f"there is no variant {name!r}; there are {'; '.join(VARIANTS)}")
     return names or list(VARIANTS)
 
-
+# %% ../../nbs/bench/10_ablations.ipynb #e27541c6
 def _ranked(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     "The lines, best first, with the difference from the unchanged model in nats a note."
     base = next((line["nats"] for line in lines if line["variant"] == "as it is"), np.nan)
@@ -210,7 +209,7 @@ def _settings(notes: int, lr: float) -> TrainingSettings:
         lr=lr, batch=16, length=64, rounds=3, patience=9, steps=steps, warmup=warmup
     )
 
-
+# %% ../../nbs/bench/10_ablations.ipynb #7948cb55
 def ablate(
     layout: Layout,
     variants: str,  # names of `VARIANTS`, separated by semicolons; empty: all

@@ -12,19 +12,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .figures import Figure, peak_megabytes, time_pairs
 from .stepping import cached_transformer, with_torch_decoder
-from ..generation.generate import generate
-from ..generation.loader import LoadedModel
+from ..generation.generate import LoadedModel, generate
 from ..generation.request import Request
 from ..model.columns import STEP_COLUMNS
 from ..model.decoder import Decoder
 from ..model.ids import Tables
-from ..model.parallel import single_threaded
+from ..model.loss import single_threaded
 from ..music.audio import encode_audio, synthesize
 
 # %% ../../nbs/bench/04_decoding.ipynb #62108022
@@ -41,7 +41,7 @@ def random_inputs(
     ids = tables.input_offsets[:STEP_COLUMNS] + rng.integers(0, sizes, (takes, STEP_COLUMNS))
     return ids, rng.random((takes, 128)) < 0.03
 
-
+# %% ../../nbs/bench/04_decoding.ipynb #6a0336c6
 def _repeat(way: Callable[[], Any], times: int) -> Callable[[], None]:
     "A function that calls `way` so many times."
 
@@ -62,7 +62,7 @@ def _matrix_products(decoder: Decoder, rng: np.random.Generator) -> Callable[[],
     ]
     return lambda: [x @ weights for x, weights in pairs]
 
-# %% ../../nbs/bench/04_decoding.ipynb #149151d7
+# %% ../../nbs/bench/04_decoding.ipynb #35c81b64
 def _step_seconds(model: LoadedModel, rounds: int, steps: int) -> dict[str, float]:
     "The median seconds of so many steps, by way, on one thread."
     from threadpoolctl import threadpool_limits
@@ -85,7 +85,7 @@ def _step_seconds(model: LoadedModel, rounds: int, steps: int) -> dict[str, floa
     with threadpool_limits(1, "blas"), single_threaded():
         return time_pairs({name: _repeat(way, steps) for name, way in ways.items()}, rounds)
 
-
+# %% ../../nbs/bench/04_decoding.ipynb #027e0f0c
 def step_figures(
     model: LoadedModel,
     rounds: int,
@@ -117,7 +117,7 @@ def _undisturbed_request(model: LoadedModel, bars: int, takes: int = 1) -> Reque
             break
     return request
 
-
+# %% ../../nbs/bench/04_decoding.ipynb #57f5bc1a
 def _take_seconds(model: LoadedModel, rounds: int, bars: int) -> dict[str, float]:
     "The median seconds of a take, by way; torch has one thread."
     torch_model = with_torch_decoder(model)
@@ -127,14 +127,14 @@ def _take_seconds(model: LoadedModel, rounds: int, bars: int) -> dict[str, float
     ways: dict[str, Callable[[], Any]] = {
         "one": lambda: generate(model, one),
         "torch": lambda: generate(torch_model, one),
-        "first of eight": lambda: generate(model, eight.replace(takes=1)),
+        "first of eight": lambda: generate(model, replace(eight, takes=1)),
         "eight": lambda: generate(model, eight),
         "sound": sound,
     }
     with single_threaded():
         return time_pairs(ways, rounds)
 
-# %% ../../nbs/bench/04_decoding.ipynb #374c6062
+# %% ../../nbs/bench/04_decoding.ipynb #34278f89
 def _decoder_growth(model: LoadedModel) -> float:
     "The peak memory of 1,024 steps of the decoder, divided by that of 64."
     decoder = model.decoder()
@@ -148,7 +148,7 @@ def _decoder_growth(model: LoadedModel) -> float:
     steps(8)
     return peak_megabytes(lambda: steps(1024)) / peak_megabytes(lambda: steps(64))
 
-
+# %% ../../nbs/bench/04_decoding.ipynb #df363782
 def _memory_figures(model: LoadedModel, bars: int) -> list[Figure]:
     "Memory of the decoder and of whole takes."
     short, long = max(1, bars // 2), 4 * bars
@@ -183,8 +183,7 @@ def take_figures(
 FIRST_NOTE = """
 import sys
 from pathlib import Path
-from musicgen.generation.generate import _Player
-from musicgen.generation.loader import read_model
+from musicgen.generation.generate import _Player, read_model
 from musicgen.generation.request import Request
 player = _Player(read_model(Path(sys.argv[1])), Request())
 player.begin([0])
@@ -217,7 +216,7 @@ def _int8_figure(decoders: dict[str, Decoder], takes: int, rounds: int, steps: i
     beside = f"{takes} take{'s' * (takes > 1)}"
     return Figure("an int8 step, against fp32", seconds["fp32"] / seconds["int8"], "x", "", beside)
 
-
+# %% ../../nbs/bench/04_decoding.ipynb #968e6acc
 def int8_figures(
     model: LoadedModel,
     rounds: int,

@@ -119,7 +119,7 @@ _PAGE_HEAD = """# Benchmarks
 `nbs/bench` says how. Ratios compare functions that took turns on one machine. `**no**` marks a goal
 that is missed."""
 
-# %% ../../nbs/bench/00_figures.ipynb #ac6870bd
+# %% ../../nbs/bench/00_figures.ipynb #7b1c9d99
 def _processor() -> str:
     "The name of this machine's processor."
     try:
@@ -129,7 +129,7 @@ def _processor() -> str:
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
-
+# %% ../../nbs/bench/00_figures.ipynb #d711daf8
 def _machine() -> str:
     "This machine and the versions of what runs on it, in one line."
     versions = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
@@ -156,7 +156,7 @@ def _figure_row(row: dict[str, Any]) -> dict[str, Any]:
         "beside": figure.beside,
     }
 
-
+# %% ../../nbs/bench/00_figures.ipynb #5563bef6
 def _markdown_table(rows: list[dict[str, Any]]) -> str:
     "A Markdown table of stored figures, or of other rows: their columns without lists and dicts."
     if "goal" in rows[0]:
@@ -175,7 +175,7 @@ def _sections(page: str) -> dict[str, str]:
     parts = [part.split("\n", 1) for part in f"\n{page}".split("\n## ")[1:]]
     return {title: text.strip() for title, text in parts}
 
-
+# %% ../../nbs/bench/00_figures.ipynb #fb34e6dc
 def _new_sections(layout: Layout, sections: dict[str, str]) -> dict[str, str]:
     "The sections, those replaced whose table in `artifacts/bench` is another one."
     sections = dict(sections)
@@ -188,7 +188,7 @@ def _new_sections(layout: Layout, sections: dict[str, str]) -> dict[str, str]:
             sections[title] = f"Measured on {day}, on {_machine()}.\n\n{new}"
     return sections
 
-# %% ../../nbs/bench/00_figures.ipynb #09a19e70
+# %% ../../nbs/bench/00_figures.ipynb #c7bd5103
 def _write_page(layout: Layout) -> Path:
     "The path of `BENCHMARKS.md`, which now holds every table of `artifacts/bench`."
     path = layout.root / "BENCHMARKS.md"
@@ -198,7 +198,7 @@ def _write_page(layout: Layout) -> Path:
     page = [_PAGE_HEAD, *(f"## {title}\n\n{sections[title]}" for title in titles)]
     return write_atomic(path, "\n\n".join(page) + "\n")
 
-
+# %% ../../nbs/bench/00_figures.ipynb #36bf9fad
 def write_figures(
     layout: Layout,
     topic: str,  # the name of the file: a key of `TOPICS`, or a new one

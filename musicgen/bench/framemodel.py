@@ -84,7 +84,7 @@ def _beats(rows: _Rows) -> np.ndarray:
     grid = FRAME_VOCAB.grid
     return np.stack([rows.frame // grid % BEATS, rows.frame % grid], 1)
 
-# %% ../../nbs/bench/08_framemodel.ipynb #b8ea8749
+# %% ../../nbs/bench/08_framemodel.ipynb #9c7467de
 def _input_values(rows: _Rows, by_place: np.ndarray) -> np.ndarray:
     "int64 (n + 1, 10): the columns of the input table before each row, and before the end."
     longest, frame = FRAME_VOCAB.longest, rows.frame
@@ -98,7 +98,7 @@ def _input_values(rows: _Rows, by_place: np.ndarray) -> np.ndarray:
     values[1:, 8] = np.minimum(wait, longest)
     return values
 
-
+# %% ../../nbs/bench/08_framemodel.ipynb #8203cafc
 def _row_values(rows: _Rows, by_place: np.ndarray) -> np.ndarray:
     "int64 (n + 1, 9): the columns of the row table, in the order in which they become known."
     n = len(rows.frame)
@@ -117,7 +117,7 @@ def _recalls(rows: _Rows) -> tuple[np.ndarray, np.ndarray]:
     recall = recalled_rows(fields[:-1])
     return recall, matching_recall(recall, fields)
 
-# %% ../../nbs/bench/08_framemodel.ipynb #76e5b1c5
+# %% ../../nbs/bench/08_framemodel.ipynb #768e2460
 def _targets(rows: _Rows) -> np.ndarray:
     "int64 (n + 1, 5): shift and pitch of each row; -1 in the first frame, which is not predicted."
     n = len(rows.frame)
@@ -133,7 +133,7 @@ def _sounding(rows: _Rows) -> tuple[np.ndarray, np.ndarray]:
     silence = np.zeros((1, PITCHES), bool)
     return np.concatenate([silence, before]), np.concatenate([before, silence])
 
-
+# %% ../../nbs/bench/08_framemodel.ipynb #1e63c7dd
 def frame_ids(
     roll: np.ndarray,  # bool (frames, 88)
     semitones: int = 0,  # by which it is moved up

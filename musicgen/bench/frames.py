@@ -6,9 +6,10 @@
 __all__ = ['SETS', 'KEYS', 'LOWEST', 'PUBLISHED', 'TARGETS', 'find_set', 'read_rolls', 'example_rolls', 'write_rolls',
            'baselines', 'check_baselines']
 
-# %% ../../nbs/bench/07_frames.ipynb #7f1c8ca8
+# %% ../../nbs/bench/07_frames.ipynb #17689c7f
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -21,7 +22,7 @@ _MAT_NAMES = {"train": "traindata", "valid": "validdata", "test": "testdata"}  #
 KEYS = 88  # of a piano
 LOWEST = 21  # the pitch of its lowest key
 
-
+# %% ../../nbs/bench/07_frames.ipynb #70eb4144
 def find_set(
     layout: Layout,
     name: str,  # one of `SETS`
@@ -40,7 +41,7 @@ def find_set(
         print(f"records: {rejection}", flush=True)
         return None
 
-# %% ../../nbs/bench/07_frames.ipynb #8904c65f
+# %% ../../nbs/bench/07_frames.ipynb #e79d1e8e
 def _read_packed(path: Path, split: str) -> list[np.ndarray]:
     "The rolls of a split in an `.npz` file, whose frames are packed to bits."
     arrays = np.load(path)
@@ -53,17 +54,19 @@ def read_rolls(
     split: str,  # "train", "valid" or "test"
 ) -> list[np.ndarray]:
     "bool (frames, 88) of each sequence of a split. `Rejection` of a file without piano rolls."
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    unreadable = OSError, ValueError, LookupError, NotImplementedError, BadZipFile, MatReadError
     try:
         if path.suffix == ".npz":
             return _read_packed(path, split)
-        from scipy.io import loadmat
-
         rolls = loadmat(path)[_MAT_NAMES[split]].ravel()
         return [np.asarray(roll, bool)[:, :KEYS] for roll in rolls]
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except unreadable as error:
         raise Rejection(f"{path} holds no piano rolls: {error}") from None
 
-# %% ../../nbs/bench/07_frames.ipynb #810baaa2
+# %% ../../nbs/bench/07_frames.ipynb #0ea81682
 def _walking_chords(rng: np.random.Generator, length: int) -> np.ndarray:
     "bool (length, 88): triads on the degrees of a major scale, each next to the one before."
     scale = np.array([0, 2, 4, 5, 7, 9, 11])
@@ -73,7 +76,7 @@ def _walking_chords(rng: np.random.Generator, length: int) -> np.ndarray:
     roll[np.arange(length)[:, None], 30 + scale[steps % 7] + 12 * (steps // 7)] = True
     return roll
 
-
+# %% ../../nbs/bench/07_frames.ipynb #a26b82b7
 def example_rolls(
     rng: np.random.Generator,
     length: int = 48,  # frames of each sequence
@@ -82,7 +85,7 @@ def example_rolls(
     sizes = {"train": 24, "valid": 6, "test": 6}
     return {s: [_walking_chords(rng, length) for _ in range(n)] for s, n in sizes.items()}
 
-
+# %% ../../nbs/bench/07_frames.ipynb #fb90511f
 def write_rolls(
     splits: Mapping[str, Sequence[np.ndarray]],
     path: Path,  # an `.npz` file
@@ -101,7 +104,7 @@ def _laplace(successes: np.ndarray, trials: np.ndarray | int) -> np.ndarray:
     "Probabilities by Laplace's rule of succession."
     return (successes + 1) / (trials + 2)
 
-
+# %% ../../nbs/bench/07_frames.ipynb #dd4204e8
 def _key_chances(train: Sequence[np.ndarray], markov: bool) -> tuple[np.ndarray, np.ndarray]:
     "(88,) the chance that a key sounds if it did not sound one frame before, and if it did."
     if not markov:
@@ -116,7 +119,7 @@ def _key_chances(train: Sequence[np.ndarray], markov: bool) -> tuple[np.ndarray,
     )
     return off, on
 
-
+# %% ../../nbs/bench/07_frames.ipynb #8e2495ac
 def _independent_keys(
     rolls: Sequence[np.ndarray], train: Sequence[np.ndarray], markov: bool
 ) -> float:

@@ -22,14 +22,14 @@ from ..music.edit import transpose
 from ..music.midi import read_midi, write_midi
 from ..music.score import DURATION, ONSET, Score
 
-# %% ../../nbs/bench/05_growth.ipynb #ef7a257e
+# %% ../../nbs/bench/05_growth.ipynb #d14323c2
 def _scale_column(table: np.ndarray, columns: list[int], factor: float) -> np.ndarray:
     "The table with some columns multiplied and rounded."
     table = table.copy()
     table[:, columns] = np.rint(table[:, columns] * factor)
     return table
 
-
+# %% ../../nbs/bench/05_growth.ipynb #e53ceb84
 def _stretch(score: Score, factor: float) -> Score:
     "The score with every time `factor` times as long."
     notes = _scale_column(score.notes, [ONSET, DURATION], factor)
@@ -69,7 +69,7 @@ write_features(layout, workers=workers)
 print("seconds", scanned - start, time.monotonic() - scanned)
 """
 
-
+# %% ../../nbs/bench/05_growth.ipynb #06360080
 def _peak_while_running(process: subprocess.Popen) -> int:
     "The most bytes that a process and its children held until it ended."
     peak = 0
@@ -78,7 +78,7 @@ def _peak_while_running(process: subprocess.Popen) -> int:
         time.sleep(0.1)
     return peak
 
-
+# %% ../../nbs/bench/05_growth.ipynb #00fdc0f9
 def measure_stages(
     layout: Layout,
     workers: int = 2,  # processes
@@ -117,7 +117,7 @@ def measure_growth(
         )
     return rows
 
-
+# %% ../../nbs/bench/05_growth.ipynb #e29a3b28
 def growth_figures(
     rows: list[dict[str, Any]],  # of `measure_growth`, two or more
 ) -> list[Figure]:
@@ -137,7 +137,7 @@ def growth_figures(
         Figure("scan and features", rate, "files/s", "", f"{last['megabytes']:.0f} MB"),
     ]
 
-# %% ../../nbs/bench/05_growth.ipynb #ee7bbdda
+# %% ../../nbs/bench/05_growth.ipynb #f4987716
 def _style(axes, title: str) -> None:  # matplotlib Axes
     "Small labels, no frame above and at the right."
     axes.set_title(title, fontsize=9)
@@ -145,7 +145,7 @@ def _style(axes, title: str) -> None:  # matplotlib Axes
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
 
-
+# %% ../../nbs/bench/05_growth.ipynb #a778e531
 def plot_growth(rows: list[dict[str, Any]]):  # of `measure_growth`
     "A matplotlib Figure: seconds and megabytes against files."
     from matplotlib.figure import Figure as Canvas

@@ -16,18 +16,22 @@ import numpy as np
 
 from .figures import Figure
 from ..core import Rejection
-from ..generation.generate import Take, generate, regenerate
-from ..generation.loader import LoadedModel
-from ..generation.nicknames import NICKNAMES
-from ..generation.opening import opening_bar_lines, read_opening
+from ..generation.generate import LoadedModel, Take, generate, regenerate
 from ..generation.receipt import verify
-from ..generation.request import Request
-from ..generation.span import kept_score
+from ..generation.request import NICKNAMES, Request, opening_bar_lines, read_opening
+from ..generation.state import kept_score
 from ..music.audio import synthesize
-from ..music.edit import lint
-from ..music.instruments import DRUMS, GM
-from ..music.midi import read_midi, write_midi
-from ..music.score import DURATION, ONSET, Score, make_score
+from musicgen.music.score import (
+    DRUMS,
+    DURATION,
+    GM,
+    ONSET,
+    Score,
+    lint,
+    make_score,
+    read_midi,
+    write_midi,
+)
 from ..music.smf import TICKS
 
 # %% ../../nbs/bench/11_promises.ipynb #e1fb1e0f
@@ -47,12 +51,12 @@ def _random_notes(rng: np.random.Generator, parts: int, bars: int, bar: int) -> 
         ]
     )
 
-
+# %% ../../nbs/bench/11_promises.ipynb #d2635296
 def _random_tempo(rng: np.random.Generator) -> int:
     "Microseconds a quarter note, of 30 to 300 beats a minute."
     return round(60e6 / rng.uniform(30, 300))
 
-
+# %% ../../nbs/bench/11_promises.ipynb #9aa75caf
 def song(
     rng: np.random.Generator,
     bars: int = 4,  # in which notes begin
@@ -67,12 +71,12 @@ def song(
     metres = [(0, numerator, denominator), (bar, 3, 4)][: rng.integers(1, 3)]
     return make_score(notes, parts, tempos=tempos, metres=metres, ticks=TICKS)
 
-# %% ../../nbs/bench/11_promises.ipynb #a072bf83
+# %% ../../nbs/bench/11_promises.ipynb #75496399
 def _choose(rng: np.random.Generator, *values: Any) -> Any:
     "One of the values."
     return values[rng.integers(len(values))]
 
-
+# %% ../../nbs/bench/11_promises.ipynb #228fd245
 def _shared_values(rng: np.random.Generator, most: int) -> dict[str, Any]:
     "Values that a request may have with and without an opening."
     return {
@@ -88,7 +92,7 @@ def _shared_values(rng: np.random.Generator, most: int) -> dict[str, Any]:
         "max_copied": _choose(rng, 0.5, 1.0, 0.0),
     }
 
-
+# %% ../../nbs/bench/11_promises.ipynb #ceb83a5c
 def _opening_values(rng: np.random.Generator, bars: int) -> dict[str, Any]:
     "An opening, of which some bars may be drawn again; the request is as long as they are."
     opening = write_midi(song(rng))
@@ -98,7 +102,7 @@ def _opening_values(rng: np.random.Generator, bars: int) -> dict[str, Any]:
     values: dict[str, Any] = {"opening": opening, "bars": bars}
     return values | ({"redraw": [first, first + bars - 1]} if rng.random() < 0.5 else {})
 
-
+# %% ../../nbs/bench/11_promises.ipynb #8a9444fb
 def _ensemble_values(rng: np.random.Generator) -> dict[str, Any]:
     "Instruments by name or number, a tempo and a metre."
     count = _choose(rng, 1, 2, 3, 4, 4, 8, 16)
@@ -206,7 +210,7 @@ def unread(
             phrases += [f"{name} finds {count} notes of {notes}"] * (count != notes)
     return phrases
 
-# %% ../../nbs/bench/11_promises.ipynb #329a3802
+# %% ../../nbs/bench/11_promises.ipynb #5cd3810c
 def _span(score: Score, request: Request, first: int) -> tuple[int, int, int]:
     "The number of bars of a score, and start and end of the new ones, in ticks."
     lines = opening_bar_lines(score)
@@ -221,7 +225,7 @@ def _promised_bars(request: Request, first: int) -> int:
         return len(opening_bar_lines(request.begun)) - 1
     return first + request.bars
 
-
+# %% ../../nbs/bench/11_promises.ipynb #1b3f422d
 def _opening_problems(score: Score, request: Request, begin: int, end: int) -> list[str]:
     "Notes of the opening that are lost, and new notes outside the new bars."
     kept = kept_score(request).notes.tolist() if request.begun else []
@@ -232,7 +236,7 @@ def _opening_problems(score: Score, request: Request, begin: int, end: int) -> l
     phrases = {f"{lost} notes of the opening are lost": lost, f"{outside} notes outside": outside}
     return [phrase for phrase, count in phrases.items() if count]
 
-# %% ../../nbs/bench/11_promises.ipynb #9c22ed60
+# %% ../../nbs/bench/11_promises.ipynb #5ea1b117
 def _check_head(score: Score, request: Request, report: dict, end: int) -> dict[str, bool]:
     "Parts, metre, tempo and flaws: phrase -> whether the promise is kept."
     programs = [part.program for part in score.parts]
@@ -246,7 +250,7 @@ def _check_head(score: Score, request: Request, report: dict, end: int) -> dict[
         f"lint {lint(score)}": lint(score) == report["lint"] == [],
     }
 
-
+# %% ../../nbs/bench/11_promises.ipynb #670d3104
 def _has_sound(score: Score) -> bool:
     "Whether the synthesiser's samples are finite, not silent, and within -1 to 1; under a minute."
     if score.seconds >= 60:
@@ -268,7 +272,7 @@ def broken(take: Take, request: Request, model: LoadedModel) -> list[str]:
         phrases.append("the receipt")
     return phrases if _has_sound(score) else [*phrases, "no sound"]
 
-# %% ../../nbs/bench/11_promises.ipynb #3be86fb3
+# %% ../../nbs/bench/11_promises.ipynb #ea746942
 def _rejection_sentence(model: LoadedModel, values: dict[str, Any]) -> str:
     "The sentence with which a request is rejected; empty if it is not."
     try:
@@ -277,12 +281,12 @@ def _rejection_sentence(model: LoadedModel, values: dict[str, Any]) -> str:
         return rejection.sentence
     return ""
 
-
+# %% ../../nbs/bench/11_promises.ipynb #433c88a7
 def _is_sentence(text: str) -> bool:
     "Whether a message is one line of a reasonable length."
     return "\n" not in text and 10 < len(text) < 400
 
-
+# %% ../../nbs/bench/11_promises.ipynb #4da936ee
 def _problems(model: LoadedModel, request: Request, takes: list[Take]) -> list[str]:
     "Broken promises of all takes; the last take is made again from its receipt."
     phrases = [phrase for take in takes for phrase in broken(take, request, model)]

@@ -26,7 +26,7 @@ def _spread(items: list, step: int) -> list:
     "The items in another order: every `step`th first, then those after them, and so on."
     return [item for start in range(step) for item in items[start::step]]
 
-
+# %% ../../nbs/bench/01_reading.ipynb #dd41027b
 def _is_long(data: bytes) -> bool:
     "Whether a MIDI file can be read and has `LONG_FILE` notes or more."
     try:
@@ -34,7 +34,7 @@ def _is_long(data: bytes) -> bool:
     except Rejection:
         return False
 
-
+# %% ../../nbs/bench/01_reading.ipynb #929641cb
 def long_files(
     layout: Layout,
     most: int,  # files
@@ -61,14 +61,14 @@ def _for_each(way: Callable[[bytes], Any], files: list[bytes]) -> Callable[[], N
 
     return run
 
-
+# %% ../../nbs/bench/01_reading.ipynb #ef8f20c5
 def _parse_and_write(data: bytes) -> bytes:
     "The file, read and written by symusic."
     from symusic import Score as Parsed
 
     return Parsed.from_midi(data).dumps_midi()
 
-# %% ../../nbs/bench/01_reading.ipynb #38d2451a
+# %% ../../nbs/bench/01_reading.ipynb #efd0cea8
 def _miditok() -> Callable[[bytes], Any]:
     from miditok import TSD
     from symusic import Score as Parsed
@@ -88,7 +88,7 @@ _PEERS = {  # name -> package, what makes the function that reads bytes, goal
     "pretty_midi, reading": ("pretty_midi", _pretty_midi, ">= 100"),
 }
 
-
+# %% ../../nbs/bench/01_reading.ipynb #cb0a9223
 def _peer_figure(name: str, files: list[bytes], tokenize: Callable, rounds: int) -> Figure:
     "Our tokenising compared with a peer of `_PEERS`."
     package, make, goal = _PEERS[name]

@@ -106,6 +106,7 @@ def part_scores(
 # The old name of `step`, until the decoding loop uses the new one; removed with the merges.
 @patch
 def hear(self: TorchDecoder, inputs: np.ndarray, sounding: np.ndarray) -> None:
+    "As `step`."
     self.step(inputs, sounding)
 
 # %% ../../nbs/bench/03_stepping.ipynb #ceff777a

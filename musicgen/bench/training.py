@@ -24,7 +24,7 @@ from ..model.sampler import Augment, Sampler
 from ..model.settings import TrainingSettings
 from ..model.trainer import TrainingRun, fit
 
-# %% ../../nbs/bench/02_training.ipynb #aed1257d
+# %% ../../nbs/bench/02_training.ipynb #e2ab6c6e
 def _batch_share(
     model: MusicLSTM,
     batches: Iterator[Batch],
@@ -43,7 +43,7 @@ def _batch_share(
             waiting, total = waiting + ready - start, total + clock() - start
     return waiting / total
 
-
+# %% ../../nbs/bench/02_training.ipynb #55d56992
 def _small_model(layout: Layout) -> tuple[Corpus, MusicLSTMConfig, Sampler]:
     "The corpus of a root, the configuration `small` for it, and a sampler of its training split."
     corpus = Corpus(layout)
@@ -114,7 +114,7 @@ def transformer_like(
     model.stack = TransformerStack(config, length)
     return model
 
-# %% ../../nbs/bench/02_training.ipynb #da220d18
+# %% ../../nbs/bench/02_training.ipynb #50243052
 def _step_operations(model: nn.Module, batch: Batch) -> int:
     "Floating-point operations of a training step: the products of all weights but embeddings."
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.EmbeddingBag)}
@@ -122,7 +122,7 @@ def _step_operations(model: nn.Module, batch: Batch) -> int:
     streams, steps = batch.target.shape[:2]
     return 6 * weights * streams * steps
 
-
+# %% ../../nbs/bench/02_training.ipynb #6f293b57
 def _training_step(model: MusicLSTM, batch: Batch, replicas: int) -> Callable[[], object]:
     "A function that trains the model for one step."
     run = TrainingRun(model.train(), TrainingSettings(replicas=replicas))
@@ -151,7 +151,7 @@ def _step_figures(config: MusicLSTMConfig, wide: Batch, seconds: dict[str, float
         Figure(_NAMES[2], seconds["transformer"] / seconds["long"], "", ">= 1.8", transformer),
     ]
 
-# %% ../../nbs/bench/02_training.ipynb #11b7792c
+# %% ../../nbs/bench/02_training.ipynb #788d2efe
 def _loss_after(
     model: MusicLSTM,
     corpus: Corpus,
@@ -164,7 +164,7 @@ def _loss_after(
     loss_of = validation_loss(corpus.pieces("valid"))
     return min(line["valid"] for line in fit(model, draw, loss_of, settings, name="speed"))
 
-
+# %% ../../nbs/bench/02_training.ipynb #aab26267
 def _loss_figure(layout: Layout, budget: float, lstm_step: float, other_step: float) -> Figure:
     "The validation loss minus a Transformer's after `budget` seconds; 0: not measured."
     name, goal = _NAMES[3], _GOALS[3]
