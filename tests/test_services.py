@@ -1,4 +1,4 @@
-"""The services as a user starts them: up, both doors, killed and back, behind a proxy, down, and nothing left."""
+"""The services as a user starts them: up, killed and restarted, behind a proxy, down."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ from musicgen.app.services import Service, down, service_processes, up
 from musicgen.core import Layout, Rejection
 from musicgen.music.midi import read_midi
 
-PATIENCE = 120  # seconds for anything that may be slow on a busy machine
+PATIENCE = 120  # seconds before a test gives up; a busy machine is slow
 
 
 def free_ports(count: int) -> list[int]:
@@ -37,20 +37,22 @@ def free_ports(count: int) -> list[int]:
             probe.close()
 
 
-def soon(what, told: str):
-    "What `what()` gives as soon as it gives something."
+def wait_until(condition, message: str):
+    "The first true value of `condition()`; fails with the message after `PATIENCE` seconds."
     end = time.monotonic() + PATIENCE
-    while not (found := what()):
-        assert time.monotonic() < end, told
+    while not (value := condition()):
+        assert time.monotonic() < end, message
         time.sleep(0.1)
-    return found
+    return value
 
 
 def files(folder: Path) -> set[str]:
+    "The relative paths of all files."
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
 
 
-def ask(address: str, body: dict | None = None) -> bytes:
+def fetch(address: str, body: dict | None = None) -> bytes:
+    "The body of the answer to a GET, or to a POST of JSON."
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(address, data, {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
@@ -58,11 +60,11 @@ def ask(address: str, body: dict | None = None) -> bytes:
         return answer.read()
 
 
-class House:
-    "A clone whose ports are free, on a machine without a Docker engine."
+class Clone:
+    "A clone of the project with free ports, on a machine without a Docker engine."
 
     def __init__(self, repo: Path, folder: Path):
-        self.root, self.home = folder / "a house", folder / "home"
+        self.root, self.home = folder / "a clone", folder / "home"
         self.tools, (self.api, self.dashboard) = folder / "tools", free_ports(2)
         for path in (self.root, self.home, self.tools):
             path.mkdir()
@@ -76,20 +78,20 @@ class House:
         ):
             shutil.copy(repo / name, self.root)
         shutil.copytree(repo / "dashboards", self.root / "dashboards")
-        told = json.loads((repo / "voila.json").read_text("utf-8"))
-        told["Voila"]["port"] = self.dashboard
-        (self.root / "voila.json").write_text(json.dumps(told), "utf-8")
-        self.docker("exit 1")
-        python = self.root / ".venv" / "bin" / "python"  # as `make` would have made it
+        config = json.loads((repo / "voila.json").read_text("utf-8"))
+        config["Voila"]["port"] = self.dashboard
+        (self.root / "voila.json").write_text(json.dumps(config), "utf-8")
+        self.write_docker("exit 1")
+        python = self.root / ".venv" / "bin" / "python"  # as `make` installs it
         python.parent.mkdir(parents=True)
-        self.script(python, f'exec {shlex.quote(sys.executable)} "$@"')
+        self.write_script(python, f'exec {shlex.quote(sys.executable)} "$@"')
         for name in ("made", "play-ready"):
             (self.root / ".venv" / name).touch()
-        plain = {
+        inherited = {
             name: text for name, text in os.environ.items() if not name.startswith("MUSICGEN_")
         }
         self.env = dict(
-            plain,
+            inherited,
             HOME=str(self.home),
             PYTHONPATH=str(repo),
             PYTHONDONTWRITEBYTECODE="1",
@@ -97,16 +99,16 @@ class House:
             MUSICGEN_API_PORT=str(self.api),
         )
 
-    def script(self, path: Path, text: str):
+    def write_script(self, path: Path, text: str):
         path.write_text(f"#!/bin/sh\n{text}\n")
         path.chmod(0o755)
 
-    def docker(self, text: str):
-        self.script(self.tools / "docker", text)
+    def write_docker(self, text: str):
+        self.write_script(self.tools / "docker", text)
 
-    def make(self, *words: str) -> subprocess.CompletedProcess:
+    def make(self, *arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            ["make", *words],
+            ["make", *arguments],
             cwd=self.root,
             env=self.env,
             capture_output=True,
@@ -114,79 +116,81 @@ class House:
             timeout=2 * PATIENCE,
         )
 
-    def process(self, word: str) -> psutil.Process | None:
-        return next(
-            (p for p in service_processes(Layout(self.root)) if word in " ".join(p.cmdline())), None
-        )
+    def process(self, text: str) -> psutil.Process | None:
+        "A service process whose command contains this text."
+        processes = service_processes(Layout(self.root))
+        return next((p for p in processes if text in " ".join(p.cmdline())), None)
 
 
 @pytest.fixture
-def house(repo, tmp_path):
-    made = House(repo, tmp_path)
-    yield made
-    down(Layout(made.root))
+def clone(repo, tmp_path):
+    clone = Clone(repo, tmp_path)
+    yield clone
+    down(Layout(clone.root))
 
 
 @pytest.fixture(scope="module")
-def opened(repo, tmp_path_factory):
-    "A house whose services are up, for those who only ask."
-    made = House(repo, tmp_path_factory.mktemp("opened"))
+def running_clone(repo, tmp_path_factory):
+    "A clone whose services are up, for tests that change nothing."
+    clone = Clone(repo, tmp_path_factory.mktemp("running"))
     try:
-        done = made.make("up")
-        assert done.returncode == 0, done.stdout + done.stderr
-        yield made
+        run = clone.make("up")
+        assert run.returncode == 0, run.stdout + run.stderr
+        yield clone
     finally:
-        down(Layout(made.root))
+        down(Layout(clone.root))
 
 
-def test_up_and_down(house):
-    "Up, by two hands at once; both doors; the API is killed and comes back; down; no process and no file is left."
-    before = files(house.root)
-    with ThreadPoolExecutor(2) as hands:
-        both = list(hands.map(lambda _: house.make("up"), range(2)))
-    done, again = sorted(both, key=lambda done: "up already" in done.stdout)
-    assert done.returncode == again.returncode == 0, done.stdout + done.stderr + again.stderr
-    assert "are up, supervised" in done.stdout and "were up already" in again.stdout
-    assert "No Docker engine answers" in done.stdout and "never built" in done.stdout
-    api, page = f"http://127.0.0.1:{house.api}", f"http://127.0.0.1:{house.dashboard}"
-    assert (
-        api in done.stdout
-        and page in done.stdout
-        and "make down" in done.stdout
-        and "But" not in done.stdout
+def test_up_and_down(clone):
+    """Two `make up` at once; the API and the dashboard answer; the API is killed and restarted;
+    `make down` leaves no process and no file."""
+    before = files(clone.root)
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(lambda _: clone.make("up"), range(2)))
+    first_up, second_up = sorted(runs, key=lambda run: "up already" in run.stdout)
+    for run in runs:
+        assert run.returncode == 0, run.stdout + run.stderr
+    assert "are up, supervised" in first_up.stdout and "were up already" in second_up.stdout
+    assert "No Docker engine answers" in first_up.stdout and "never built" in first_up.stdout
+    api, page = f"http://127.0.0.1:{clone.api}", f"http://127.0.0.1:{clone.dashboard}"
+    assert api in first_up.stdout and page in first_up.stdout
+    assert "make down" in first_up.stdout and "But" not in first_up.stdout
+
+    assert json.loads(fetch(api + "/health"))["ready"] is True
+    score = read_midi(
+        fetch(api + "/generate", dict(instruments=["Flute", "Cello"], bars=2, seed=3))
     )
-
-    told = json.loads(ask(api + "/health"))
-    assert told["ready"] is True
-    score = read_midi(ask(api + "/generate", dict(instruments=["Flute", "Cello"], bars=2, seed=3)))
     assert len(score.parts) == 2 and len(score.bar_lines()) == 3
 
-    html = ask(page).decode()
+    html = fetch(page).decode()
     assert "<title>MusicGen</title>" in html and "widget-view" in html and "Traceback" not in html
-    kernel = house.process("ipykernel_launcher")
+    kernel = clone.process("ipykernel_launcher")
     assert kernel and kernel.environ()["MUSICGEN_DASHBOARD_API"] == api
 
-    first = house.process("musicgen.serve")
-    first.kill()
-    second = soon(
-        lambda: (p := house.process("musicgen.serve")) != first and p, "the API does not come back"
+    killed = clone.process("musicgen.serve")
+    killed.kill()
+    restarted = wait_until(
+        lambda: (p := clone.process("musicgen.serve")) != killed and p, "the API is not restarted"
     )
-    assert second.pid != first.pid
-    soon(lambda: answers(api + "/health"), "the API is back, and does not answer")
-    assert house.process("voila ").is_running(), "the dashboard has not noticed"
+    assert restarted.pid != killed.pid
+    wait_until(lambda: answers(api + "/health"), "the restarted API does not answer")
+    assert clone.process("voila ").is_running(), "the dashboard has ended"
 
-    family = service_processes(Layout(house.root))
-    assert len(family) >= 4, "a supervisor, the API, the dashboard, a kernel"
-    done = house.make("down")
-    assert done.returncode == 0 and "down" in done.stdout, done.stdout + done.stderr
-    assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    processes = service_processes(Layout(clone.root))
+    assert len(processes) >= 4, "a supervisor, the API, the dashboard, a kernel"
+    run = clone.make("down")
+    assert run.returncode == 0 and "down" in run.stdout, run.stdout + run.stderr
+    assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert not answers(api + "/health") and not answers(page + "/voila/static/nothing")
-    assert files(house.root) == before
-    assert not [name for name in files(house.home) if "kernel" in name], "connections of kernels"
-    assert "No service was up" in house.make("down").stdout
+    assert files(clone.root) == before
+    assert not [name for name in files(clone.home) if "kernel" in name], (
+        "connection files of kernels"
+    )
+    assert "No service was up" in clone.make("down").stdout
 
 
 def answers(address: str) -> bool:
+    "Whether a server answers, with whatever status."
     try:
         urllib.request.urlopen(address, timeout=5).close()
     except urllib.error.HTTPError:
@@ -196,17 +200,17 @@ def answers(address: str) -> bool:
     return True
 
 
-def test_a_port_that_is_taken(house):
-    "One sentence that names the port; nothing was started."
-    with socket.create_server(("127.0.0.1", house.dashboard)):
-        done = house.make("up")
-    (told,) = [line for line in done.stderr.splitlines() if line.startswith("musicgen:")]
-    assert done.returncode and f"port {house.dashboard} " in told and "voila.json" in told
-    assert service_processes(Layout(house.root)) == []
+def test_a_port_that_is_in_use(clone):
+    "One sentence names the port, and nothing is started."
+    with socket.create_server(("127.0.0.1", clone.dashboard)):
+        run = clone.make("up")
+    (sentence,) = [line for line in run.stderr.splitlines() if line.startswith("musicgen:")]
+    assert run.returncode and f"port {clone.dashboard} " in sentence and "voila.json" in sentence
+    assert service_processes(Layout(clone.root)) == []
 
 
-def test_a_program_that_only_dies(tmp_path):
-    "It is not waited for for ever; what it said last is in the refusal, and its log stays."
+def test_a_program_that_always_fails(tmp_path):
+    "It is given up after some seconds. Its last output is in the rejection, and its log stays."
     layout, (port,) = Layout(tmp_path / "100% o'dd #1 ;x"), free_ports(1)
     broken = Service(
         "toy", [sys.executable, "-c", "raise SystemExit('no strings')"], "127.0.0.1", port, "/"
@@ -225,35 +229,32 @@ def test_a_program_that_only_dies(tmp_path):
         ('test "$1" != image && { test "$2" = ls || exit 0; }', "was never built"),
     ],
 )
-def test_make_up_says_why_not_docker(house, engine, note):
-    "A docker that is not there, that is old, that has no image: two processes, and the reason."
-    house.docker(engine)
-    house.script(house.root / ".venv" / "bin" / "python", 'echo "called: $*"')
-    done = house.make("up")
-    assert (
-        done.returncode == 0
-        and note in done.stdout
-        and "called: -m musicgen.app.services up" in done.stdout
-    )
+def test_make_up_says_why_docker_is_not_used(clone, engine, note):
+    "No engine, no compose plugin, no image: two processes are started, and the reason is printed."
+    clone.write_docker(engine)
+    clone.write_script(clone.root / ".venv" / "bin" / "python", 'echo "called: $*"')
+    run = clone.make("up")
+    assert run.returncode == 0 and note in run.stdout
+    assert "called: -m musicgen.app.services up" in run.stdout
 
 
-def test_make_with_docker(house):
-    "Where there is an engine and an image, make speaks to docker compose and starts nothing itself."
-    log, state = house.root.parent / "asked", house.root.parent / "contained"
-    house.docker(
+def test_make_with_docker(clone):
+    "With an engine and an image, make calls docker compose and starts nothing itself."
+    log, state = clone.root.parent / "calls", clone.root.parent / "containers"
+    clone.write_docker(
         f"echo \"$*\" >> '{log}'; case \"$2\" in up) touch '{state}';; down) rm '{state}';; "
         f"ls) test -e '{state}' && echo musicgen;; esac; exit 0"
     )
-    house.script(house.root / ".venv" / "bin" / "python", 'echo "called: $*"')
-    assert "called:" not in house.make("up").stdout
-    assert house.make("docker-build").returncode == 0
-    assert "called: -m musicgen.app.services down" in house.make("down").stdout
-    asked = log.read_text()
-    assert "compose up --detach --wait\n" in asked and "compose down\n" in asked
-    assert re.search(r"^build .*--target play .*--tag musicgen:local", asked, re.MULTILINE)
+    clone.write_script(clone.root / ".venv" / "bin" / "python", 'echo "called: $*"')
+    assert "called:" not in clone.make("up").stdout
+    assert clone.make("docker-build").returncode == 0
+    assert "called: -m musicgen.app.services down" in clone.make("down").stdout
+    calls = log.read_text()
+    assert "compose up --detach --wait\n" in calls and "compose down\n" in calls
+    assert re.search(r"^build .*--target play .*--tag musicgen:local", calls, re.MULTILINE)
 
 
-# --- Docker's files, read
+# --- the files of Docker
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +263,7 @@ def compose(repo) -> dict:
 
 
 def test_compose(compose, repo):
-    "Both are locked up, both are asked how they are, and only this machine can reach them."
+    "Both are restricted, have a health check, and can be reached from this machine only."
     assert set(compose) == {"api", "dashboard"}
     for name, service in compose.items():
         assert (
@@ -292,8 +293,8 @@ def test_compose(compose, repo):
     )
 
 
-def stages(repo: Path) -> dict[str, list[tuple[str, str]]]:
-    "The Dockerfile as (instruction, rest) by stage."
+def docker_stages(repo: Path) -> dict[str, list[tuple[str, str]]]:
+    "Stage of the Dockerfile -> its instructions and their arguments."
     text = re.sub(
         r"\\\n\s*",
         "",
@@ -303,83 +304,85 @@ def stages(repo: Path) -> dict[str, list[tuple[str, str]]]:
             if not line.lstrip().startswith("#")
         ),
     )
-    found, now = {}, []
+    stages, instructions = {}, []
     for line in filter(None, map(str.strip, text.splitlines())):
-        word, rest = line.split(None, 1)
-        if word == "FROM":
-            now = found.setdefault(rest.split(" AS ")[1], [])
-        now.append((word, rest))
-    return found
+        name, arguments = line.split(None, 1)
+        if name == "FROM":
+            instructions = stages.setdefault(arguments.split(" AS ")[1], [])
+        instructions.append((name, arguments))
+    return stages
 
 
 def test_dockerfile(repo):
-    "The last stage plays: no torch, not root, a health check without curl; what it copies is there."
-    found = stages(repo)
-    assert list(found) == ["build", "train", "play"]
-    play = found["play"]
-    words = dict(play)
-    assert words["USER"] == "10001:10001" and words["EXPOSE"] == "8000 8080"
-    assert "torch" not in str(play + found["build"]) and "download.pytorch.org/whl/cpu" in str(
-        found["train"]
-    )
-    check = json.loads(words["HEALTHCHECK"].split("CMD ", 1)[1])
-    assert check[0] == "python" and "curl" not in str(found)
+    "The last stage has no torch, is not root, checks its health without curl, copies real files."
+    stages = docker_stages(repo)
+    assert list(stages) == ["build", "train", "play"]
+    play = stages["play"]
+    arguments = dict(play)
+    assert arguments["USER"] == "10001:10001" and arguments["EXPOSE"] == "8000 8080"
+    assert "torch" not in str(play + stages["build"]) and "TORCH_INDEX" in str(stages["train"])
+    check = json.loads(arguments["HEALTHCHECK"].split("CMD ", 1)[1])
+    assert check[0] == "python" and "curl" not in str(stages)
     compile(check[2], "check", "exec")
-    assert json.loads(words["CMD"])[0] == "python"
-    environment = " ".join(rest for word, rest in play if word == "ENV")
+    assert json.loads(arguments["CMD"])[0] == "python"
+    environment = " ".join(text for instruction, text in play if instruction == "ENV")
     assert "HOME=/tmp" in environment and "MUSICGEN_API_HOST=0.0.0.0" in environment
-    let = [
+    included = [
         line.lstrip("!")
         for line in (repo / ".dockerignore").read_text().splitlines()
         if line.startswith("!")
     ]
     copied = {
         name
-        for stage in found.values()
-        for word, rest in stage
-        if word == "COPY" and "--from" not in rest
-        for name in rest.split()[:-1]
+        for instructions in stages.values()
+        for instruction, text in instructions
+        if instruction == "COPY" and "--from" not in text
+        for name in text.split()[:-1]
     }
-    assert copied == set(let) and all((repo / name).exists() for name in copied)
+    assert copied == set(included) and all((repo / name).exists() for name in copied)
 
 
-def test_the_health_checks(opened, compose, repo):
-    "The sentences in which Docker asks: yes while a service is up, no where there is none."
+def test_the_health_checks(running_clone, compose, repo):
+    "The health checks of Docker succeed while a service is up, and fail where there is none."
     checks = {
-        opened.api: json.loads(dict(stages(repo)["play"])["HEALTHCHECK"].split("CMD ", 1)[1])[2],
-        opened.dashboard: compose["dashboard"]["healthcheck"]["test"][3],
+        running_clone.api: json.loads(
+            dict(docker_stages(repo)["play"])["HEALTHCHECK"].split("CMD ", 1)[1]
+        )[2],
+        running_clone.dashboard: compose["dashboard"]["healthcheck"]["test"][3],
     }
 
-    def well(code: str, port: int) -> bool:
+    def is_healthy(code: str, port: int) -> bool:
         code = re.sub(r":80[08]0/", f":{port}/", code)
         return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
-    (nobody,) = free_ports(1)
+    (unused,) = free_ports(1)
     for port, code in checks.items():
-        assert well(code, port) and not well(code, nobody)
+        assert is_healthy(code, port) and not is_healthy(code, unused)
 
 
-# --- README's chapter
+# --- the README's chapter about services
 
 
 def blocks(repo: Path, kind: str) -> list[str]:
+    "The code blocks of the README in one language."
     return re.findall(rf"```{kind}\n(.*?)```", (repo / "README.md").read_text("utf-8"), re.DOTALL)
 
 
 async def handshake(address: str, name: str, kernel: str) -> bool:
-    "Whether a browser that came by `name` gets its websocket."
+    "Whether a browser that knows the host by `name` gets its websocket."
     from tornado.httpclient import HTTPRequest
     from tornado.websocket import websocket_connect
 
     url = f"{address.replace('http', 'ws')}/api/kernels/{kernel}/channels"
-    line = await websocket_connect(
+    connection = await websocket_connect(
         HTTPRequest(url, headers={"Host": name, "Origin": f"http://{name}"})
     )
-    line.close()
+    connection.close()
     return True
 
 
-def by_name(address: str, name: str, path: str, data: bytes | None = None) -> bytes:
+def fetch_by_name(address: str, name: str, path: str, data: bytes | None = None) -> bytes:
+    "The body of the answer to a request with `name` as its host."
     headers = {"Host": name, "content-type": "application/json"}
     with urllib.request.urlopen(
         urllib.request.Request(address + path, data, headers), timeout=PATIENCE
@@ -388,22 +391,22 @@ def by_name(address: str, name: str, path: str, data: bytes | None = None) -> by
 
 
 @pytest.mark.parametrize("proxy", ["nginx", "caddy"])
-def test_behind_a_proxy(opened, repo, tmp_path, proxy):
-    "README's own lines: the page, its websocket, music, and a body that is too big."
+def test_behind_a_proxy(running_clone, repo, tmp_path, proxy):
+    "The config in the README: the page, its websocket, a take, and a body that is too big."
     if not (tool := shutil.which(proxy) or shutil.which(proxy, path="/usr/sbin")):
-        pytest.skip(f"no {proxy} here")
+        pytest.skip(f"{proxy} is not installed")
     (text,) = blocks(repo, proxy)
     (port,) = free_ports(1)
-    for was, now in {8000: opened.api, 8080: opened.dashboard}.items():
-        text = text.replace(f"127.0.0.1:{was}", f"127.0.0.1:{now}")
+    for port_in_readme, actual in {8000: running_clone.api, 8080: running_clone.dashboard}.items():
+        text = text.replace(f"127.0.0.1:{port_in_readme}", f"127.0.0.1:{actual}")
     config = tmp_path / "proxy.conf"
     if proxy == "nginx":
-        kinds = ("proxy", "client_body", "fastcgi", "uwsgi", "scgi")
-        places = " ".join(f"{kind}_temp_path {tmp_path}/{kind};" for kind in kinds)
+        names = ("proxy", "client_body", "fastcgi", "uwsgi", "scgi")
+        folders = " ".join(f"{kind}_temp_path {tmp_path}/{kind};" for kind in names)
         text = text.replace("listen 80;", f"listen 127.0.0.1:{port};")
         config.write_text(
             f"daemon off; pid {tmp_path}/pid; error_log stderr; events {{}}\n"
-            f"http {{ access_log off; {places}\n{text}}}\n"
+            f"http {{ access_log off; {folders}\n{text}}}\n"
         )
         command = [tool, "-p", str(tmp_path), "-c", str(config)]
     else:
@@ -417,28 +420,28 @@ def test_behind_a_proxy(opened, repo, tmp_path, proxy):
         f"music.example.org:{port}",
         f"api.music.example.org:{port}",
     )
-    env = dict(opened.env, XDG_DATA_HOME=str(tmp_path), XDG_CONFIG_HOME=str(tmp_path))
+    env = dict(running_clone.env, XDG_DATA_HOME=str(tmp_path), XDG_CONFIG_HOME=str(tmp_path))
     running = subprocess.Popen(
         command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        soon(lambda: answers(address), f"{proxy} does not answer")
-        html = by_name(address, page, "/").decode()
+        wait_until(lambda: answers(address), f"{proxy} does not answer")
+        html = fetch_by_name(address, page, "/").decode()
         kernel = re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", html)[0]
         assert "<title>MusicGen</title>" in html and asyncio.run(handshake(address, page, kernel))
-        asked = json.dumps(dict(bars=1, seed=1)).encode()
-        assert read_midi(by_name(address, api, "/generate", asked)).parts
+        body = json.dumps(dict(bars=1, seed=1)).encode()
+        assert read_midi(fetch_by_name(address, api, "/generate", body)).parts
         with pytest.raises(urllib.error.HTTPError) as error:
-            by_name(address, api, "/generate", b" " * 1_100_000)
+            fetch_by_name(address, api, "/generate", b" " * 1_100_000)
         assert error.value.code == 413
     finally:
         running.terminate()
         running.wait(30)
 
 
-@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd here")
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
 def test_the_units(repo, tmp_path):
-    "systemd finds nothing to say about README's three files."
+    "systemd accepts the three files of the README without a message."
     common, *units = blocks(repo, "ini")
     names = [
         "musicgen-.service.d/common.conf",
@@ -464,6 +467,6 @@ def test_the_units(repo, tmp_path):
         "--man=no",
         *(f"{tmp_path}/units/{name}" for name in names[1:]),
     ]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    said = [line for line in (done.stdout + done.stderr).splitlines() if "musicgen" in line]
-    assert not said, "\n".join(said)
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    messages = [line for line in (run.stdout + run.stderr).splitlines() if "musicgen" in line]
+    assert not messages, "\n".join(messages)
