@@ -28,7 +28,8 @@ from .core import Layout, Rejection, read_settings
 from .generation.generate import LoadedModel, Stopped, Take, generate, open_model
 from .generation.request import Request
 from .music.audio import synthesize
-from .music.score import Score, make_score, read_midi
+from .music.midi import read_midi
+from .music.score import Score, make_score
 
 # %% ../nbs/09_dashboard.ipynb #7073c04e
 def _line_to(address: str) -> tuple[http.client.HTTPConnection, str]:

@@ -39,7 +39,9 @@ from .model.trainer import loss_on
 from .music.audio import encode_audio, synthesize
 from .music.metrics import MEASURES, compare, density_curve, find_key, measures
 from .music.roll import caption, roll_png
-from .music.score import DURATION, ONSET, Score, on_grid, read_midi, write_midi
+from .music.grid import on_grid
+from .music.midi import read_midi, write_midi
+from .music.score import DURATION, ONSET, Score
 from .music.similarity import OriginalityIndex
 from .music.tokens import FIELDS, Vocab, decode
 from .train import find_model, plot_history

@@ -26,7 +26,9 @@ from musicgen.corpus.dataset import (
     write_packed,
 )
 from .model.context import make_piece
-from .music.score import make_score, on_grid, read_midi
+from .music.grid import on_grid
+from .music.midi import read_midi
+from .music.score import make_score
 from .music.tokens import Vocab, decode
 
 # %% ../nbs/03_features.ipynb #2400ae8d

@@ -45,14 +45,10 @@ from musicgen.corpus.archives import (
     unpack,
 )
 from .corpus.download import Progress, Source, download, download_kaggle, read_sources
-from musicgen.music.notation import (
-    MAX_PIECE,
-    read_groove,
-    read_musicxml,
-    read_tune,
-    scores_of_music21,
-)
-from .music.score import write_midi
+from .music.musicxml import MAX_PIECE, read_musicxml, scores_of_music21
+from .music.notation import read_groove
+from .music.tunes import read_tune
+from .music.midi import write_midi
 
 # %% ../nbs/01_ingest.ipynb #f75e381d
 VERSION = 1  # of the conversion: raise it when the same source shall give other bytes
@@ -190,7 +186,7 @@ def _convert(source: Source, job: tuple) -> bytes | str:
             return write_midi(read_tune(what, ensemble or ("Violin",)))
         if reader == "groove":
             hand = np.random.default_rng(list(what.stem.encode()))
-            return write_midi(read_groove(what.read_text("utf-8"), what.name, hand=hand))
+            return write_midi(read_groove(what.read_text("utf-8"), what.name, rng=hand))
         tempo = source.tempo or 100
         return write_midi(read_musicxml(what.read_bytes(), ensemble, source.voices, tempo))
     except (Rejection, OSError) as e:

@@ -123,7 +123,14 @@ def _judge(
 # %% ../nbs/02_preprocess.ipynb #6d000049
 ROW_MODULES = (
     "music.smf",
+    "music.chunks",
+    "music.tracks",
+    "music.repair",
+    "music.instruments",
     "music.score",
+    "music.edit",
+    "music.midi",
+    "music.grid",
     "music.metrics",
     "music.similarity",
     "corpus.readers",

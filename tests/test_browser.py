@@ -13,7 +13,9 @@ import pytest
 from servers import PATIENCE, environment, free_port, running
 
 from musicgen.core import SHIPPED_MODEL
-from musicgen.music.score import DRUMS, make_score, read_midi, write_midi
+from musicgen.music.instruments import DRUMS
+from musicgen.music.midi import read_midi, write_midi
+from musicgen.music.score import make_score
 
 SLOW = PATIENCE * 1000  # the same for the browser, in its unit
 

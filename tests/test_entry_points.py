@@ -29,7 +29,7 @@ from musicgen.dashboard import Dashboard
 from musicgen.generation.generate import generate, open_model, regenerate
 from musicgen.generation.receipt import verify
 from musicgen.generation.request import Request, instruments
-from musicgen.music.score import read_midi
+from musicgen.music.midi import read_midi
 from musicgen.serve import make_app
 
 ASKED = dict(

@@ -15,7 +15,9 @@ from musicgen.music.metrics import (
     find_key,
     measures,
 )
-from musicgen.music.score import DRUMS, Part, make_score, transpose
+from musicgen.music.edit import transpose
+from musicgen.music.instruments import DRUMS
+from musicgen.music.score import Part, make_score
 from musicgen.music.tokens import Vocab
 
 BAND = (Part(0), Part(40), Part(DRUMS))

@@ -27,7 +27,9 @@ from musicgen.corpus.readers import scan_files
 from musicgen.features import write_features
 from musicgen.ingest import ingest
 from musicgen.model.context import make_piece
-from musicgen.music.score import DRUMS, make_score, read_midi, write_midi
+from musicgen.music.instruments import DRUMS
+from musicgen.music.midi import read_midi, write_midi
+from musicgen.music.score import make_score
 from musicgen.music.tokens import Vocab
 from musicgen.preprocess import preprocess, read_scan, scan_rows
 

@@ -16,7 +16,8 @@ from musicgen.core import Layout, Rejection, write_atomic
 from musicgen.corpus.dataset import Corpus, write_corpus
 from musicgen.features import write_features
 from musicgen.model.context import make_piece
-from musicgen.music.score import Part, make_score, read_midi, write_midi
+from musicgen.music.midi import read_midi, write_midi
+from musicgen.music.score import Part, make_score
 from musicgen.music.similarity import OriginalityIndex
 from musicgen.music.tokens import Vocab
 from musicgen.preprocess import preprocess, scan_rows

@@ -10,7 +10,8 @@ from musicgen import features
 from musicgen.core import Layout
 from musicgen.corpus.dataset import write_corpus
 from musicgen.model.context import make_piece
-from musicgen.music.score import Part, Score, make_score, transpose
+from musicgen.music.edit import transpose
+from musicgen.music.score import Part, Score, make_score
 from musicgen.music.similarity import CROWD, PASSAGE, OriginalityIndex
 from musicgen.music.tokens import Vocab
 

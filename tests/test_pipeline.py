@@ -13,7 +13,8 @@ import yaml
 from musicgen.core import Layout
 from musicgen.generation.generate import generate, open_model
 from musicgen.generation.request import Request
-from musicgen.music.score import Part, make_score, read_midi, write_midi
+from musicgen.music.midi import read_midi, write_midi
+from musicgen.music.score import Part, make_score
 
 SMALL = dict(
     ingest=dict(workers=1),

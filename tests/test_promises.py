@@ -9,7 +9,7 @@ from musicgen.core import SHIPPED_MODEL, Layout
 from musicgen.generation.generate import generate, read_model
 from musicgen.generation.request import Request
 from musicgen.model.lstm import MusicLSTM, MusicLSTMConfig, save_model
-from musicgen.music.score import write_midi
+from musicgen.music.midi import write_midi
 
 
 def test_fifty_random_requests_are_kept():

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from musicgen.core import Layout
-from musicgen.music.score import read_midi
+from musicgen.music.midi import read_midi
 
 PLAIN = (
     "make ",

@@ -14,7 +14,9 @@ from musicgen.music import audio as hearing
 from musicgen.music import sheet as sheet_room
 from musicgen.music.audio import AUDIO, PEAK, TAIL, encode_audio, find_soundfont, stems, synthesize
 from musicgen.music.roll import plot_roll, roll_png
-from musicgen.music.score import DRUMS, ONSET, PART, PITCH, Part, make_score, read_midi
+from musicgen.music.instruments import DRUMS
+from musicgen.music.midi import read_midi
+from musicgen.music.score import ONSET, PART, PITCH, Part, make_score
 from musicgen.music.sheet import sheet
 
 
@@ -180,7 +182,7 @@ def written(score):
 def test_sheet_music_says_the_notes(metre):
     "Voices, chords, ties over bar lines, triplets, all keys: read back, every note is where it was."
     pytest.importorskip("music21")
-    from musicgen.music.notation import read_musicxml
+    from musicgen.music.musicxml import read_musicxml
 
     rng, eighth = np.random.default_rng(sum(metre)), 240
     rows = [

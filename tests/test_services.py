@@ -21,7 +21,7 @@ import yaml
 
 from musicgen.app.services import Service, _family, down, up
 from musicgen.core import Layout, Rejection
-from musicgen.music.score import read_midi
+from musicgen.music.midi import read_midi
 
 PATIENCE = 120  # seconds for anything that may be slow on a busy machine
 

@@ -33,7 +33,8 @@ from musicgen.corpus import download as room
 from musicgen.corpus.archives import unpack
 from musicgen.corpus.download import Source, download, read_sources
 from musicgen.ingest import ingest
-from musicgen.music.score import make_score, write_midi
+from musicgen.music.midi import write_midi
+from musicgen.music.score import make_score
 
 HERE = Path(__file__).resolve().parent.parent
 posix = pytest.mark.skipif(os.name != "posix", reason="a limit, signal or file of POSIX")

@@ -19,7 +19,7 @@ from .theme import MAX_UPLOAD, box, button, hide, message_html
 from ..core import Rejection
 from ..generation.request import Request, find_program, instruments, opening_bar_lines
 from ..music.metrics import KEYS
-from ..music.score import DRUMS, GM
+from ..music.instruments import DRUMS, GM
 
 # %% ../../nbs/app/03_form.ipynb #e1598dd2
 ENSEMBLES = {

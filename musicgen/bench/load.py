@@ -25,7 +25,7 @@ from ..core import Layout, open_root, read_settings
 from ..generation.generate import LoadedModel, generate, open_model
 from ..generation.receipt import read_receipt
 from ..generation.request import Request
-from ..music.score import read_midi
+from ..music.midi import read_midi
 
 # %% ../../nbs/bench/04_load.ipynb #aca401fc
 def _requests(count: int = 16, bars: int = 8) -> list[Request]:

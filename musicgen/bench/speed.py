@@ -33,7 +33,10 @@ from ..generation.request import Request
 from ..model.context import STEP_COLUMNS
 from ..model.decoder import Decoder, numeric_path
 from ..music.audio import encode_audio, synthesize
-from ..music.score import DURATION, ONSET, Score, grid_loss, read_midi, transpose, write_midi
+from ..music.edit import transpose
+from ..music.grid import grid_loss
+from ..music.midi import read_midi, write_midi
+from ..music.score import DURATION, ONSET, Score
 from ..music.tokens import Vocab, encode
 
 # %% ../../nbs/bench/00_speed.ipynb #8cb8da0a

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from ..core import Rejection
-from ..music.notation import DAMAGED_FILE, MAX_PIECE
+from ..music.musicxml import DAMAGED_FILE, MAX_PIECE
 
 # %% ../../nbs/corpus/00_archives.ipynb #58b5f6df
 MIDI = (".mid", ".midi", ".kar", ".rmi")

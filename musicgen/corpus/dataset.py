@@ -24,8 +24,10 @@ import numpy as np
 from ..core import Layout, Rejection, write_atomic
 from .duplicates import assign_splits
 from ..model.context import Piece, make_piece
-from ..music.notation import example_scores
-from ..music.score import Part, Score, excerpt, make_score, on_grid
+from ..music.tunes import example_scores
+from ..music.edit import excerpt
+from ..music.grid import on_grid
+from ..music.score import Part, Score, make_score
 from ..music.similarity import OriginalityIndex, piece_text
 from ..music.tokens import Vocab, decode
 

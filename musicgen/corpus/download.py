@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ..core import Rejection, write_atomic
 from .archives import MAX_BYTES, MEGABYTE, printable_name, write_all
-from ..music.score import GM
+from ..music.instruments import GM
 
 # %% ../../nbs/corpus/01_download.ipynb #d1275921
 KINDS = dict(url="url", kaggle="slug", local="path", music21="globs", grooves="")  # what each needs

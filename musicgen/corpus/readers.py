@@ -21,9 +21,11 @@ from pathlib import Path
 
 from ..core import Rejection, map_in_processes, read_settings
 from ..music.metrics import find_key
-from ..music.score import DURATION, MAX_FILE, ONSET, Score, read_midi
+from ..music.midi import MAX_FILE, read_midi
+from ..music.score import DURATION, ONSET, Score
 from ..music.similarity import fingerprint
-from ..music.smf import TICKS, midi_shape
+from ..music.chunks import midi_shape
+from ..music.smf import TICKS
 
 # %% ../../nbs/corpus/02_readers.ipynb #58084729
 def _content(score: Score) -> str:

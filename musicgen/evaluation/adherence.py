@@ -17,7 +17,10 @@ from ..generation.generate import LoadedModel, Take, generate
 from ..generation.request import Request
 from ..model.context import Piece, make_piece
 from ..music.metrics import KEYS, density, find_key, parse_key
-from ..music.score import GM, PART, Part, lint, read_midi
+from ..music.edit import lint
+from ..music.instruments import GM
+from ..music.midi import read_midi
+from ..music.score import PART, Part
 from ..music.tokens import Vocab
 
 # %% ../../nbs/evaluation/01_adherence.ipynb #4686ac70

@@ -22,7 +22,9 @@ from musicgen.model.context import (
 from ..model.lstm import MusicLSTM
 from ..model.trainer import losses_on
 from ..music.metrics import KEYS
-from ..music.score import DRUMS, DURATION, FAMILIES, PART, PITCH, VELOCITY, on_grid
+from ..music.grid import on_grid
+from ..music.instruments import DRUMS, FAMILIES
+from ..music.score import DURATION, PART, PITCH, VELOCITY
 from ..music.tokens import FIELDS, SHIFT, Vocab, onsets_of
 
 # %% ../../nbs/evaluation/00_baselines.ipynb #bbe29021

@@ -34,24 +34,10 @@ from musicgen.generation.state import (
 from ..model.context import RECALL_VALUE, Tables, controls, matching_recall
 from ..model.decoder import Decoder, GuidedDecoder, numeric_path, read_weights, sample_value
 from ..music.metrics import KEYS, density, find_key, flaws
-from musicgen.music.score import (
-    DURATION,
-    ONSET,
-    PART,
-    PITCH,
-    VELOCITY,
-    Part,
-    Score,
-    excerpt,
-    lint,
-    make_score,
-    note_columns,
-    note_table,
-    replace,
-    resolve_overlaps,
-    velocity_of,
-    write_midi,
-)
+from ..music.edit import excerpt, lint
+from ..music.grid import resolve_overlaps, velocity_of
+from ..music.midi import write_midi
+from ..music.score import DURATION, ONSET, PART, PITCH, VELOCITY, Part, Score, make_score, note_columns, note_table, replace
 from ..music.similarity import OriginalityIndex
 from ..music.smf import TICKS
 from ..music.tokens import FIELDS, SHIFT, Vocab, onsets_of

@@ -14,7 +14,8 @@ import numpy as np
 
 from .. import __version__
 from .request import Request
-from ..music.score import ONSET, Score, read_midi, replace
+from ..music.midi import read_midi
+from ..music.score import ONSET, Score, replace
 
 # %% ../../nbs/generation/03_receipt.ipynb #8194687d
 def bar_hashes(score: Score) -> list[str]:

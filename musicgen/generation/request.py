@@ -17,17 +17,10 @@ import numpy as np
 from ..core import Rejection
 from ..model.decoder import PRECISIONS
 from ..music.metrics import KEYS, parse_key
-from musicgen.music.score import (
-    DRUMS,
-    FAMILIES,
-    GM,
-    ONSET,
-    Part,
-    Score,
-    change_resolution,
-    read_midi,
-    write_midi,
-)
+from ..music.grid import change_resolution
+from ..music.instruments import DRUMS, FAMILIES, GM
+from ..music.midi import read_midi, write_midi
+from ..music.score import ONSET, Part, Score
 from ..music.smf import TICKS
 
 # %% ../../nbs/generation/00_request.ipynb #602df303

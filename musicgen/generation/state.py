@@ -25,19 +25,8 @@ from musicgen.model.context import (
 )
 from ..model.recall import RecallState
 from ..music.metrics import KEYS, find_key, parse_key
-from musicgen.music.score import (
-    DRUMS,
-    DURATION,
-    ONSET,
-    PART,
-    PITCH,
-    PITCHES,
-    RANGES,
-    VELOCITY,
-    Part,
-    Score,
-    replace,
-)
+from ..music.instruments import DRUMS, RANGES
+from ..music.score import DURATION, ONSET, PART, PITCH, PITCHES, VELOCITY, Part, Score, replace
 from ..music.smf import TICKS
 from ..music.tokens import SHIFT, Vocab, encode, onsets_of
 

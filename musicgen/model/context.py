@@ -18,7 +18,9 @@ import numpy as np
 
 from .recall import NO_RECALL, RECALL_LEVELS, recall_matches
 from ..music.metrics import KEYS, density, find_key
-from ..music.score import DRUMS, DURATION, PART, PITCH, PITCHES, Part, Score, on_grid
+from ..music.grid import on_grid
+from ..music.instruments import DRUMS
+from ..music.score import DURATION, PART, PITCH, PITCHES, Part, Score
 from ..music.tokens import FIELDS, SHIFT, Vocab, encode, onsets_of
 
 # %% ../../nbs/model/01_context.ipynb #ff77a05d

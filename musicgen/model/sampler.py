@@ -25,7 +25,8 @@ from musicgen.model.context import (
     to_canonical_key,
 )
 from .lstm import Batch, MusicLSTMConfig, collate
-from ..music.score import DRUMS, DURATION, PART, PITCH, RANGES, VELOCITY, Part
+from ..music.instruments import DRUMS, RANGES
+from ..music.score import DURATION, PART, PITCH, VELOCITY, Part
 from ..music.tokens import FIELDS, SHIFT, Vocab, decode, encode, onsets_of
 
 # %% ../../nbs/model/03_sampler.ipynb #bbd67fbf

@@ -28,7 +28,9 @@ import numpy as np
 
 from ..core import Rejection, read_settings
 from .roll import caption
-from .score import DRUMS, DURATION, ONSET, PART, PITCH, VELOCITY, Score, write_midi
+from .instruments import DRUMS
+from .midi import write_midi
+from .score import DURATION, ONSET, PART, PITCH, VELOCITY, Score
 
 # %% ../../nbs/music/05_audio.ipynb #7c1dfd10
 def find_soundfont(

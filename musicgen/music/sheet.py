@@ -12,7 +12,9 @@ import numpy as np
 
 from ..core import Rejection
 from .roll import DRUM_NAMES, short_name
-from .score import DURATION, ONSET, PART, PITCH, RANGES, Score, on_grid
+from .grid import on_grid
+from .instruments import RANGES
+from .score import DURATION, ONSET, PART, PITCH, Score
 
 # %% ../../nbs/music/06_sheet.ipynb #70838bbb
 GRID = 12  # written steps per quarter note
