@@ -32,12 +32,12 @@ LIMIT = 200_000  # bytes of stored outputs in one notebook
 
 
 def name_of(path: Path) -> str:
-    "The notebook's place below nbs, such as music/04_score."
+    "The notebook's place below nbs, such as music/05_score."
     return str(path.relative_to(REPO / "nbs").with_suffix(""))
 
 
 def module_of(path: Path) -> str:
-    "The module that a notebook exports, from its place: music/04_score is music.score."
+    "The module that a notebook exports, from its place: music/05_score is music.score."
     *folder, name = name_of(path).split("/")
     return ".".join([*folder, name[3:]])
 

@@ -23,7 +23,8 @@ from ..model.columns import INPUT_COLUMNS, PIECE_COLUMNS, STEP_COLUMNS
 from ..model.loss import validation_loss
 from ..model.lstm import LSTMStack, MusicLSTM, MusicLSTMConfig
 from ..model.sampler import NO_AUGMENTATION, Augment, Sampler
-from ..model.trainer import TrainingSettings, fit
+from ..model.settings import TrainingSettings
+from ..model.trainer import fit
 
 # %% ../../nbs/bench/10_ablations.ipynb #037e9f47
 class _NoRecall(MusicLSTM):

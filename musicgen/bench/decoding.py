@@ -19,12 +19,13 @@ import numpy as np
 
 from .figures import Figure, peak_megabytes, time_pairs
 from .stepping import cached_transformer, with_torch_decoder
-from ..generation.generate import LoadedModel, generate
+from ..generation.generate import generate
+from ..generation.loader import LoadedModel
 from ..generation.request import Request
 from ..model.columns import STEP_COLUMNS
 from ..model.decoder import Decoder
 from ..model.ids import Tables
-from ..model.loss import single_threaded
+from ..model.parallel import single_threaded
 from ..music.audio import encode_audio, synthesize
 
 # %% ../../nbs/bench/04_decoding.ipynb #62108022
@@ -183,7 +184,8 @@ def take_figures(
 FIRST_NOTE = """
 import sys
 from pathlib import Path
-from musicgen.generation.generate import _Player, read_model
+from musicgen.generation.generate import _Player
+from musicgen.generation.loader import read_model
 from musicgen.generation.request import Request
 player = _Player(read_model(Path(sys.argv[1])), Request())
 player.begin([0])

@@ -14,7 +14,8 @@ from zipfile import BadZipFile
 import numpy as np
 
 from ..core import Layout, Rejection, find_input
-from ..corpus.download import download, read_sources
+from ..corpus.download import download
+from ..corpus.sources import read_sources
 
 # %% ../../nbs/bench/07_frames.ipynb #c4899d6e
 SETS = ("JSB_Chorales", "Nottingham", "MuseData", "Piano_midi")

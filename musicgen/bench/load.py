@@ -26,10 +26,11 @@ from fastcore.basics import patch
 
 from .figures import Figure, private_bytes, write_figures
 from ..core import Layout, read_settings
-from ..generation.generate import LoadedModel, generate, open_model
+from ..generation.generate import generate
+from ..generation.loader import LoadedModel, open_model
 from ..generation.receipt import read_receipt
 from ..generation.request import Request
-from ..music.score import read_midi
+from ..music.midi import read_midi
 
 # %% ../../nbs/bench/12_load.ipynb #aca401fc
 Expected = Mapping[str, tuple[bytes, int]]  # request as JSON -> its MIDI file, notes in it
@@ -52,7 +53,8 @@ NAIVE = """
 import os, uvicorn
 from fastapi import Body, FastAPI, Response
 from musicgen.bench.stepping import with_torch_decoder
-from musicgen.generation.generate import generate, open_model
+from musicgen.generation.generate import generate
+from musicgen.generation.loader import open_model
 from musicgen.generation.request import Request
 model, app = with_torch_decoder(open_model()), FastAPI()
 @app.post("/generate")
@@ -226,7 +228,8 @@ def press(
 WORKER = """
 import json, sys, time
 from musicgen.core import Layout
-from musicgen.generation.generate import generate, open_model
+from musicgen.generation.generate import generate
+from musicgen.generation.loader import open_model
 from musicgen.generation.request import Request
 model = open_model(Layout(sys.argv[1]))
 requests = [Request.from_dict(values) for values in json.loads(sys.argv[2])]

@@ -16,22 +16,18 @@ import numpy as np
 
 from .figures import Figure
 from ..core import Rejection
-from ..generation.generate import LoadedModel, Take, generate, regenerate
+from ..generation.generate import Take, generate, regenerate
+from ..generation.loader import LoadedModel
+from ..generation.nicknames import NICKNAMES
+from ..generation.opening import opening_bar_lines, read_opening
 from ..generation.receipt import verify
-from ..generation.request import NICKNAMES, Request, opening_bar_lines, read_opening
-from ..generation.state import kept_score
+from ..generation.request import Request
+from ..generation.span import kept_score
 from ..music.audio import synthesize
-from musicgen.music.score import (
-    DRUMS,
-    DURATION,
-    GM,
-    ONSET,
-    Score,
-    lint,
-    make_score,
-    read_midi,
-    write_midi,
-)
+from ..music.edit import lint
+from ..music.instruments import DRUMS, GM
+from ..music.midi import read_midi, write_midi
+from ..music.score import DURATION, ONSET, Score, make_score
 from ..music.smf import TICKS
 
 # %% ../../nbs/bench/11_promises.ipynb #e1fb1e0f

@@ -23,8 +23,9 @@ from musicgen.bench.reading import (
 )
 from .training import batch_figures, training_figures
 from ..core import SHIPPED_MODEL, Layout
-from ..generation.generate import read_model
-from ..music.score import DURATION, ONSET, Score, read_midi
+from ..generation.loader import read_model
+from ..music.midi import read_midi
+from ..music.score import DURATION, ONSET, Score
 
 # %% ../../nbs/bench/06_speed.ipynb #b8905333
 def _spread_scores(

@@ -102,13 +102,6 @@ def part_scores(
     query = self.scores("part", recall, row, sounding)
     return np.einsum("nk,npk->np", query, keys) / keys.shape[-1] ** 0.5
 
-# %% ../../nbs/bench/03_stepping.ipynb #c0de0200
-# The old name of `step`, until the decoding loop uses the new one; removed with the merges.
-@patch
-def hear(self: TorchDecoder, inputs: np.ndarray, sounding: np.ndarray) -> None:
-    "As `step`."
-    self.step(inputs, sounding)
-
 # %% ../../nbs/bench/03_stepping.ipynb #ceff777a
 @dataclass
 class _TorchModel(LoadedModel):

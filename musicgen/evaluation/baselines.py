@@ -52,12 +52,12 @@ class _Contexts:
     def __init__(self, piece: Piece, vocab: Vocab):
         self.vocab, rows = vocab, piece.rows.astype(np.int64)
         context = context_features(piece, vocab, controls(piece.header.bpm, piece.header.metre))
-        column = dict(zip(INPUT_COLUMNS, context.seen.T))
+        column = dict(zip(INPUT_COLUMNS, context.inputs.T))
         self.target, self.unavailable = context.target, context.state == 0
         self.value = np.maximum(context.target, 0)  # (n + 1, 5)
         self.minor, self.tonic = divmod(KEYS.index(piece.key) if piece.key else 0, 12)
         self.place = column["beat"] * vocab.grid + column["step"]  # in the bar, before the shift
-        self.now = context.now @ [vocab.grid, 1]  # in the bar, after the shift
+        self.now = context.position @ [vocab.grid, 1]  # in the bar, after the shift
         self.wait = column["wait"]  # steps until the next sounding note ends
         self.last_bar = column["bars_left"] == 1
         self.chord = self.value[:, SHIFT] == 0  # at the onset of the row before, or of the piece

@@ -18,8 +18,8 @@ from .adherence import PROMISES
 from .figures import plot_distributions, plot_history, png_bytes
 from .provenance import fine_tuning_summary
 from .templates import audio_player, interval, page, percent, picture, render
+from ..music.midi import read_midi
 from ..music.roll import caption, roll_png
-from ..music.score import read_midi
 from ..music.tokens import FIELDS
 
 # %% ../../nbs/evaluation/07_report.ipynb #d7d2aed3

@@ -236,23 +236,3 @@ def __copy__(self: GuidedDecoder) -> "GuidedDecoder":
     other.conditional, other.unconditional = copy(self.conditional), copy(self.unconditional)
     other.strength = self.strength
     return other
-
-# %% ../../nbs/model/17_decoder.ipynb #c0de0160
-# Old names, until the notebooks that use them have the new ones; removed when branches are merged.
-def __getattr__(name: str):
-    import importlib
-
-    for module, names in _MOVED.items():
-        if name in names.split():
-            return getattr(importlib.import_module(f"musicgen.model.{module}"), name)
-    raise AttributeError(name)
-
-
-_MOVED = dict(
-    weights="read_weights",
-    precision="numeric_path PRECISIONS",
-    choice="sample_value",
-)
-
-Decoder.hear, GuidedDecoder.hear = Decoder.step, GuidedDecoder.step
-FoldedWeights.inputs = property(lambda self: self.input_sizes)
