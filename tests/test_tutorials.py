@@ -115,7 +115,7 @@ def test_its_links_lead_to_files(name):
     assert not texts, texts
 
 
-@pytest.mark.parametrize("name, following", zip(TUTORIALS, [*TUTORIALS[1:], "../index"]))
+@pytest.mark.parametrize("name, following", list(zip(TUTORIALS, [*TUTORIALS[1:], "../index"])))
 def test_it_ends_with_a_link_to_the_next_tutorial(name, following):
     last = read(name)["cells"][-1]
     assert last["cell_type"] == "markdown" and f"]({following}.ipynb)" in "".join(last["source"])
