@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import __version__
 from .core import Layout, Rejection, write_atomic
@@ -99,7 +99,7 @@ def _read_request(args: argparse.Namespace) -> "Request":
         values["opening"] = _read_file(values["opening"])
     return Request.from_dict(values)
 
-# %% ../nbs/10_cli.ipynb #32ed5fae
+# %% ../nbs/10_cli.ipynb #eb3c8028
 _ENDINGS = dict(  # of the files that a take is written to, by kind
     midi=("mid", "midi"),
     audio=tuple(AUDIO),
@@ -107,80 +107,8 @@ _ENDINGS = dict(  # of the files that a take is written to, by kind
     roll=("png", "svg", "pdf"),
     sheet=tuple(SHEETS),
 )
-_FURTHER = dict(
-    audio="write the sound too",
-    stems="write each part's sound too, in a zip",
-    roll="draw the piano roll too",
-    sheet="write sheet music too",
-)
 
 
-def _root_option() -> argparse.ArgumentParser:
-    "`--root`."
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument(
-        "--root", metavar="DIR", help="the folder of the model; default: the project around here"
-    )
-    return parser
-
-
-def _json_option() -> argparse.ArgumentParser:
-    "`--json`."
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument(
-        "--json", action="store_true", help="answer with JSON on the standard output"
-    )
-    return parser
-
-
-def _output_options() -> argparse.ArgumentParser:
-    "Further files of a take, and a port to play it on."
-    parser = argparse.ArgumentParser(add_help=False)
-    for kind, what in _FURTHER.items():
-        endings = ", ".join(f".{ending}" for ending in _ENDINGS[kind])
-        parser.add_argument(f"--{kind}", metavar="FILE", help=f"{what}: {endings}")
-    parser.add_argument(
-        "--port", metavar="NAME", help="play it on a MIDI port too; 'list' names them"
-    )
-    return parser
-
-# %% ../nbs/10_cli.ipynb #ef99a8e9
-def _make_parser(words: list[str]) -> argparse.ArgumentParser:
-    "The grammar of the command. The options of a request are there where the words need them."
-    parser = _Parser(
-        prog="musicgen",
-        description="MIDI files with the parts, bars and tempo you ask for.",
-        epilog="exit status: 0 done, 1 verify says no, 2 rejected, 3 no model, 130 stopped",
-    )
-    parser.add_argument("--version", action="version", version=f"musicgen {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    root, as_json, outputs = _root_option(), _json_option(), _output_options()
-
-    def add(name, run, what, *parents):
-        new = commands.add_parser(name, help=what, description=what, parents=list(parents))
-        new.set_defaults(run=run)
-        return new
-
-    new = add("generate", _generate, "make music and write it", root, as_json, outputs)
-    _out_option(new, "out.mid", "the MIDI file; default: out.mid; of several: out-1.mid, out-2.mid")
-    if "generate" in words:
-        _add_request_options(new)
-    what = "make a file of ours again, byte for byte, from its receipt"
-    again = add("regenerate", _regenerate, what, root, as_json, outputs)
-    _out_option(again, None, "the MIDI file; default: FILE-again.mid; never FILE itself")
-    what = "say whether a file is ours, and which bars were edited"
-    check = add("verify", _verify, what, root, as_json)
-    for command in (again, check):
-        command.add_argument("file", metavar="FILE", help="a MIDI file")
-    add("instruments", _instruments, "list the instruments", as_json)
-    return parser
-
-
-def _out_option(parser: argparse.ArgumentParser, default: str | None, what: str):
-    "`--out`, where the MIDI file goes."
-    parser.add_argument("-o", "--out", metavar="FILE", default=default, help=what)
-
-# %% ../nbs/10_cli.ipynb #eb3c8028
 def _output_files(args: argparse.Namespace, takes: int) -> list[dict[str, Path]]:
     "The files of each take by kind, a key of `_ENDINGS`. `Rejection` of another kind's ending."
     files: list[dict[str, Path]] = [{} for _ in range(takes)]
@@ -203,7 +131,7 @@ def _tinted_bars(report: dict[str, Any]) -> int | tuple[int, int]:
     first, bars = report["first_bar"], report["asked"]["bars"]
     return (first, first + bars - 1) if report["asked"]["redraw"] else first - 1
 
-
+# %% ../nbs/10_cli.ipynb #4803d04e
 def _file_bytes(take: "Take", kind: str, path: Path) -> bytes:
     "The bytes of one file of a take."
     ending = path.suffix.lower().lstrip(".")
@@ -218,7 +146,7 @@ def _file_bytes(take: "Take", kind: str, path: Path) -> bytes:
         return roll_png(take.score, shade_bars=bars, dpi=144, kind=ending)
     return encode_audio(synthesize(take.score), ending)
 
-
+# %% ../nbs/10_cli.ipynb #f6dae8c8
 def _write_takes(takes: list["Take"], files: list[dict[str, Path]], as_json: bool):
     "Writes the files of all takes and prints a line for each file, or the reports as JSON."
     reports = []
@@ -252,7 +180,7 @@ def _open_port(name: str | None) -> Any:
         raise Rejection(f"no MIDI port is called {name!r}; there are {ports}")
     return mido.open_output(name)
 
-
+# %% ../nbs/10_cli.ipynb #3b9f65f5
 def _play_takes(port: Any, takes: list["Take"]):
     "Plays the takes one after another in real time; at the end, or when stopped, all notes end."
     import mido
@@ -365,6 +293,85 @@ def _instruments(args: argparse.Namespace) -> int:
         number = "" if instrument["name"] == "Drums" else instrument["program"]
         print(f"{number:>3}  {instrument['name']:<24} {instrument['family']}")
     return 0
+
+# %% ../nbs/10_cli.ipynb #076ac8d8
+class _Command(NamedTuple):
+    "One command of the shell."
+
+    run: Callable[[argparse.Namespace], int]
+    what: str  # its help
+    opens_model: bool  # has `--root`
+    reads_file: bool  # is given a MIDI file
+    out: tuple[str | None, str] | None = (
+        None  # default and help of `--out`, where takes are written
+    )
+
+
+_OUT = "the MIDI file; default: "
+_COMMANDS = dict(
+    generate=_Command(
+        *(_generate, "make music and write it", True, False),
+        ("out.mid", _OUT + "out.mid; of several: out-1.mid, out-2.mid"),
+    ),
+    regenerate=_Command(
+        *(_regenerate, "make a file of ours again, byte for byte, from its receipt", True, True),
+        (None, _OUT + "FILE-again.mid; never FILE itself"),
+    ),
+    verify=_Command(_verify, "say whether a file is ours, and which bars were edited", True, True),
+    instruments=_Command(_instruments, "list the instruments", False, False),
+)
+
+# %% ../nbs/10_cli.ipynb #32ed5fae
+_FURTHER = dict(
+    audio="write the sound too",
+    stems="write each part's sound too, in a zip",
+    roll="draw the piano roll too",
+    sheet="write sheet music too",
+)
+
+
+def _add_outputs(parser: argparse.ArgumentParser, default: str | None, what: str):
+    "Adds `--out`, further files of a take, and a port to play it on."
+    parser.add_argument("-o", "--out", metavar="FILE", default=default, help=what)
+    for kind, what in _FURTHER.items():
+        endings = ", ".join(f".{ending}" for ending in _ENDINGS[kind])
+        parser.add_argument(f"--{kind}", metavar="FILE", help=f"{what}: {endings}")
+    parser.add_argument(
+        "--port", metavar="NAME", help="play it on a MIDI port too; a wrong name lists them"
+    )
+
+# %% ../nbs/10_cli.ipynb #da0d2de3
+def _add_command(commands: Any, name: str, command: _Command) -> argparse.ArgumentParser:
+    "Adds a command with the options that its kind has."
+    parser = commands.add_parser(name, help=command.what, description=command.what)
+    parser.set_defaults(run=command.run)
+    parser.add_argument(
+        "--json", action="store_true", help="answer with JSON on the standard output"
+    )
+    if command.opens_model:
+        where = "the folder of the model; default: the project around here"
+        parser.add_argument("--root", metavar="DIR", help=where)
+    if command.reads_file:
+        parser.add_argument("file", metavar="FILE", help="a MIDI file")
+    if command.out:
+        _add_outputs(parser, *command.out)
+    return parser
+
+
+def _make_parser(words: list[str]) -> argparse.ArgumentParser:
+    "The grammar of the shell, for these words."
+    parser = _Parser(
+        prog="musicgen",
+        description="MIDI files with the parts, bars and tempo you ask for.",
+        epilog="exit status: 0 done, 1 verify says no, 2 rejected, 3 no model, 130 stopped",
+    )
+    parser.add_argument("--version", action="version", version=f"musicgen {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in _COMMANDS.items():
+        added = _add_command(commands, name, command)
+        if name == "generate" and name in words:
+            _add_request_options(added)
+    return parser
 
 # %% ../nbs/10_cli.ipynb #e7630247
 def main(

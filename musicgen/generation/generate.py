@@ -50,7 +50,7 @@ class Take:
     midi: bytes  # of its file
     report: dict[str, Any]  # what was asked, what came, and what is wrong with it
 
-
+# %% ../../nbs/generation/11_generate.ipynb #e0195024
 def _parts_of(request: Request) -> tuple[Part, ...]:
     "The parts with their names."
     if request.opening_score is not None:
@@ -93,7 +93,7 @@ def _measured(score: Score, span: Score, kept_bars: int) -> dict[str, Any]:
         density=round(float(density(span)), 3),
     )
 
-
+# %% ../../nbs/generation/11_generate.ipynb #64553046
 def _originality(model: LoadedModel, span: Score, first_bar: int) -> dict[str, Any] | None:
     "The longest passage of the training music in a span, bars counted in the whole piece."
     if model.originality is None:
@@ -151,7 +151,7 @@ def _flaws_of(takes: dict[int, Take], number: int) -> list[str]:
     same = [k for k in range(number) if np.array_equal(takes[k].score.notes, notes)]
     return own + [f"it is take {k + 1} once more" for k in same]
 
-
+# %% ../../nbs/generation/11_generate.ipynb #e0bab975
 def _keep_better(takes: dict[int, Take], take: Take, attempt: int):
     "Keeps a take where there is none yet, or where it has no more flaws than that one."
     number = take.report["take"]
@@ -165,6 +165,22 @@ OnBar = Callable[[int, int], Any]  # called with bars done, of how many
 OnScore = Callable[[list[Score], int], Any]  # called with the scores so far, and their bars
 
 
+def _attempt(
+    session: DecodingSession,  # which has begun
+    on_bar: OnBar | None,
+    stop: StopSignal | None,
+    on_score: OnScore | None,
+) -> list[EnsembleState]:
+    "The states of the takes of an attempt, played to the end."
+    request, bars = session.request, len(session.first_state.span.lines) - 1
+    for done in session.play(stop):
+        if on_bar:
+            on_bar(done, request.bars)
+        if on_score:
+            on_score([_score_of(state, request) for state in session.states], bars)
+    return session.best()
+
+# %% ../../nbs/generation/11_generate.ipynb #a9f0fd31
 def generate(
     model: LoadedModel,
     request: Request,
@@ -183,13 +199,8 @@ def generate(
             if not numbers:
                 break
             session.begin(numbers, attempt)
-            for done in session.play(stop):
-                if on_bar:
-                    on_bar(done, request.bars)
-                if on_score:
-                    scores = [_score_of(state, request) for state in session.states]
-                    on_score(scores, len(session.first_state.span.lines) - 1)
-            for number, state in zip(numbers, session.best()):
+            states = _attempt(session, on_bar, stop, on_score)
+            for number, state in zip(numbers, states):
                 take = _make_take(model, request, number, state, attempt + 1)
                 _keep_better(best, take, attempt + 1)
     for number, take in best.items():
@@ -211,7 +222,7 @@ def _check_receipt(receipt: dict[str, Any] | None, model: LoadedModel) -> dict[s
         )
     return receipt
 
-
+# %% ../../nbs/generation/11_generate.ipynb #3dc8e7ad
 def regenerate(
     model: LoadedModel,
     data: bytes,  # a MIDI file that `generate` made

@@ -15,15 +15,30 @@ import numpy as np
 from fastcore.basics import patch
 
 from .request import Request
-from .span import kept_score, random_key, span_of
-from ..model.columns import BARS_LEFT, BEATS, NO_PART, NO_PITCH
-from ..model.context import part_states
-from ..model.ids import recalled_part
-from ..model.piece import ensemble, transposition_of
+from .span import kept_score, key_of, span_of
+from musicgen.model.context import (
+    BARS_LEFT,
+    BEATS,
+    NO_PART,
+    NO_PITCH,
+    ensemble,
+    part_states,
+    recalled_part,
+    transposition_of,
+)
 from ..model.recall import RecallState
-from ..music.instruments import DRUMS, RANGES
-from ..music.keys import KEYS, find_key
-from ..music.score import ONSET, PART, PITCH, PITCHES, VELOCITY, Part, Score
+from ..music.metrics import KEYS
+from musicgen.music.score import (
+    DRUMS,
+    ONSET,
+    PART,
+    PITCH,
+    PITCHES,
+    RANGES,
+    VELOCITY,
+    Part,
+    Score,
+)
 from ..music.smf import TICKS
 from ..music.tokens import SHIFT, Vocab, encode, onsets_of
 
@@ -54,37 +69,22 @@ class EnsembleState:
     "The state of one take, updated note by note: what `Context` is for a finished piece."
 
     def __init__(self, request: Request, vocab: Vocab):
-        self.vocab = vocab
-        self._set_span(request)
-        self._set_parts(request)
-        self._clear(len(request.programs))
-
-
-@patch
-def _set_span(self: EnsembleState, request: Request):
-    "The bars that are generated, in steps."
-    self.span = lines, first, stop = span_of(request, self.vocab)
-    self.begin, self.end = lines[first], lines[stop]  # first step, and the step after the last
-    self.last_bar = lines[stop - 1]  # first step of the last bar
-    self.bar_steps = lines[first + 1] - lines[first]
-    self.max_silence = MAX_SILENT_BARS * self.bar_steps  # steps
-
-
-@patch
-def _set_parts(self: EnsembleState, request: Request):
-    "The parts, drums last (`order` has the number of each in the request), and their key."
-    programs, opening = request.programs, request.opening_score
-    self.order = sorted(range(len(programs)), key=lambda k: programs[k] == DRUMS)
-    ordered = [programs[k] for k in self.order]
-    self.ensemble = ensemble(tuple(Part(program) for program in ordered))  # (p, 2) program, rank
-    self.pitched = self.ensemble[:, 0] != DRUMS  # bool (p,)
-    self.max_held = MAX_HELD[ordered]  # (p,)
-    self.key = request.key or (find_key(opening) if opening else random_key(request.seed))
-    self.transposition = transposition_of(self.key)  # semitones
-    self.in_range = pitches_in_range(ordered, self.transposition)
-    self.target_key = None  # number in `KEYS` of the canonical key, where the request names a key
-    if request.key:
-        self.target_key = KEYS.index("A minor" if request.key.endswith("minor") else "C major")
+        programs, self.vocab, self.span = request.programs, vocab, span_of(request, vocab)
+        self.begin, self.end, self.last_bar = self.span.begin, self.span.end, self.span.last_bar
+        self.bar_steps = self.span.bar_steps
+        self.max_silence = MAX_SILENT_BARS * self.bar_steps  # steps
+        self.order = sorted(range(len(programs)), key=lambda k: programs[k] == DRUMS)
+        ordered = [programs[k] for k in self.order]  # as in training: the drums stand last
+        self.ensemble = ensemble(tuple(Part(p) for p in ordered))  # (p, 2) program and rank
+        self.pitched = self.ensemble[:, 0] != DRUMS  # bool (p,)
+        self.max_held = MAX_HELD[ordered]  # (p,)
+        self.key = key_of(request)
+        self.transposition = transposition_of(self.key)  # semitones
+        self.in_range = pitches_in_range(ordered, self.transposition)  # bool (p, 128)
+        self.target_key = None  # number in `KEYS` of the canonical key, where a key is requested
+        if request.key:
+            self.target_key = KEYS.index("A minor" if self.key.endswith("minor") else "C major")
+        self._clear(len(programs))
 
 # %% ../../nbs/generation/06_state.ipynb #e9214849
 @patch
@@ -105,7 +105,7 @@ def _clear(self: EnsembleState, parts: int):
     self._has_room: np.ndarray | None = None
     self._require(np.ones(parts, bool))
 
-
+# %% ../../nbs/generation/06_state.ipynb #3ff439e3
 @patch
 def _require(self: EnsembleState, required: np.ndarray):
     "The span begins, and the parts that are `required`, bool (p,), have to be heard in it."
@@ -123,7 +123,7 @@ def position(self: EnsembleState) -> tuple[int, int]:
     steps = self.now - self.span.lines[self.bar]
     return min(steps // self.vocab.grid, BEATS - 1), steps % self.vocab.grid
 
-
+# %% ../../nbs/generation/06_state.ipynb #dd9a58e6
 @patch
 def inputs(self: EnsembleState) -> np.ndarray:
     "int64 (10,): the columns `INPUT_COLUMNS` before the next shift."
@@ -138,7 +138,7 @@ def inputs(self: EnsembleState) -> np.ndarray:
         return np.array([shift, NO_PART, 0, NO_PITCH, 0, 0, *around])
     return np.array([shift, *self.ensemble[part], pitch, duration, velocity, *around])
 
-
+# %% ../../nbs/generation/06_state.ipynb #8402f6e5
 @patch
 def sounding(self: EnsembleState) -> np.ndarray:
     "bool (128,): pitches that sound now, drums apart."
@@ -174,7 +174,7 @@ def startable(self: EnsembleState) -> np.ndarray:
             self._startable[:part], self._startable[part, : pitch + 1] = False, False
     return self._startable
 
-
+# %% ../../nbs/generation/06_state.ipynb #c5659f85
 @patch
 def room_at(self: EnsembleState) -> np.ndarray:
     "int64 (p,): the step from which each part can begin a note, if it begins none before."
@@ -188,7 +188,7 @@ def steps_to_room(self: EnsembleState) -> int:
     assert self._has_room is not None
     return 1 if self._has_room.any() else int(self.room_at().min()) - self.now
 
-
+# %% ../../nbs/generation/06_state.ipynb #711dac81
 @patch
 def may_end(self: EnsembleState) -> bool:
     "Whether the span may end here: all required parts were heard, and its last bar has a note."
@@ -210,9 +210,9 @@ def advance(self: EnsembleState, shift: int):
         self.rows_in_bar = 0
     if shift == vocab.rest:
         self.last_row = (shift, 0, 0, 0, 0)
-        self.recall.update(*self.last_row)
+        self.recall.hear(*self.last_row)
 
-
+# %% ../../nbs/generation/06_state.ipynb #3f94d04b
 @patch
 def add_note(self: EnsembleState, shift: int, part: int, pitch: int, duration: int, velocity: int):
     "Adds a note that begins now, after `advance` by its shift; duration in steps."
@@ -224,10 +224,10 @@ def add_note(self: EnsembleState, shift: int, part: int, pitch: int, duration: i
         self.class_steps[pitch % 12] += duration
     self.turn, self.rows_in_bar = (part, pitch), self.rows_in_bar + 1
     self.last_row = (shift, part, pitch, duration, velocity)
-    self.recall.update(*self.last_row)
+    self.recall.hear(*self.last_row)
     self.notes.append((self.now, part, pitch, duration, velocity))
 
-# %% ../../nbs/generation/06_state.ipynb #3ff439e3
+# %% ../../nbs/generation/06_state.ipynb #82c6212b
 @patch
 def to_canonical(
     self: EnsembleState,
@@ -260,30 +260,7 @@ def opening_rows(
     tied = (rows[:, VELOCITY] == 0) & (rows[:, SHIFT] <= vocab.longest)  # go on with a long note
     return rows[~(tied & (onsets_of(rows, vocab) >= ticks[end] * vocab.grid // TICKS))]
 
-# %% ../../nbs/generation/06_state.ipynb #dd9a58e6
-@patch
-def start_span(self: EnsembleState, request: Request):
-    "The span begins; the opening's rows before it have been added."
-    kept = kept_score(request)
-    line = self.begin * TICKS // self.vocab.grid
-    self._hold_over(kept.notes[kept.notes[:, ONSET] < line], line)
-    self.max_held = self.max_held + (self.note_ends > self.begin).sum(1)
-    self.notes, self.rows_in_bar, self._startable = [], 0, None
-    self._require(self._required_parts(request, kept))
-
-
-@patch
-def _hold_over(self: EnsembleState, notes: np.ndarray, line: int):
-    "What sounds beyond tick `line` is held by its part; all else has stopped."
-    self.note_ends[:] = 0
-    place = np.argsort(self.order)
-    for onset, part, pitch, duration, _ in notes.tolist():
-        canonical = pitch - self.transposition * self.pitched[place[part]]
-        if onset + duration > line and 0 <= canonical < PITCHES:
-            end = -(-(onset + duration) * self.vocab.grid // TICKS)  # the step, rounded up
-            self.note_ends[place[part], canonical] = end
-
-
+# %% ../../nbs/generation/06_state.ipynb #ff9b62b3
 @patch
 def _required_parts(self: EnsembleState, request: Request, kept: Score) -> np.ndarray:
     "bool (p,): the parts that have to be heard in the span."
@@ -298,3 +275,26 @@ def _required_parts(self: EnsembleState, request: Request, kept: Score) -> np.nd
     required = np.zeros(len(self.ensemble), bool)
     required[np.argsort(self.order)[np.union1d(nowhere_else, inside)]] = True
     return required
+
+# %% ../../nbs/generation/06_state.ipynb #c9f2d1a6
+@patch
+def _hold_over(self: EnsembleState, notes: np.ndarray, line: int):
+    "What sounds beyond tick `line` is held by its part; all else has stopped."
+    self.note_ends[:] = 0
+    place = np.argsort(self.order)
+    for onset, part, pitch, duration, _ in notes.tolist():
+        canonical = pitch - self.transposition * self.pitched[place[part]]
+        if onset + duration > line and 0 <= canonical < PITCHES:
+            end = -(-(onset + duration) * self.vocab.grid // TICKS)  # the step, rounded up
+            self.note_ends[place[part], canonical] = end
+
+# %% ../../nbs/generation/06_state.ipynb #cb3d67a9
+@patch
+def start_span(self: EnsembleState, request: Request):
+    "The span begins; the opening's rows before it have been added."
+    kept = kept_score(request)
+    line = self.begin * TICKS // self.vocab.grid
+    self._hold_over(kept.notes[kept.notes[:, ONSET] < line], line)
+    self.max_held = self.max_held + (self.note_ends > self.begin).sum(1)
+    self.notes, self.rows_in_bar, self._startable = [], 0, None
+    self._require(self._required_parts(request, kept))
