@@ -58,14 +58,16 @@ def _pack_file(row: dict[str, str], raw: Path, tokens: Path, vocab: Vocab) -> Pa
     packed = pack_piece(piece, row["split"], row["licence"], vocab, score)
     return packed._replace(seconds=float(row["seconds"]))
 
+# %% ../nbs/03_features.ipynb #ca000002
+BATCH = 16  # files that a process gets at a time
+FEW = 1024  # with fewer files than this no process is started
+
 
 def _pack_files(rows: list[dict[str, str]], **where: Any) -> list[PackedPiece]:
-    "What is packed of several files: the work that a process gets at a time."
+    "What is packed of several files."
     return [_pack_file(row, **where) for row in rows]
 
 # %% ../nbs/03_features.ipynb #4a189adc
-BATCH = 16  # files that a process gets at a time
-FEW = 1024  # with fewer files than this no process is started
 NEEDED = ("path", "sha256", "reason", "split", "licence", "seconds")  # columns of the scan
 
 
@@ -74,7 +76,7 @@ def _accepted(layout: Layout) -> Iterator[dict[str, str]]:
     accepted = (row for row in scan_rows(layout) if row["verdict"] == ACCEPTED)
     return ({column: row[column] for column in NEEDED} for row in accepted)
 
-
+# %% ../nbs/03_features.ipynb #ca000005
 def _batches(items: Iterable, size: int) -> Iterator[list]:
     "Lists of `size` items, the last perhaps shorter."
     items = iter(items)
@@ -106,6 +108,12 @@ def _counted(
             print(f"features: {k}/{total} pieces", flush=True)
         yield piece
 
+# %% ../nbs/03_features.ipynb #ca000006
+def _report(line: dict[str, Any]) -> dict[str, Any]:
+    "A line of the table of `write_features`: hours in the place of seconds."
+    facts = {column: line[column] for column in ("dataset", "pieces", "rows")}
+    return facts | dict(hours=round(line["seconds"] / 3600, 2))
+
 # %% ../nbs/03_features.ipynb #882882fa
 def write_features(
     layout: Layout,
@@ -124,9 +132,3 @@ def write_features(
         with closing(_flatten(results)) as pieces:
             write_packed(folder, _counted(pieces, count, table), vocab)
     return [_report(line) for _, line in sorted(table.items())]
-
-
-def _report(line: dict[str, Any]) -> dict[str, Any]:
-    "A line of the table of `write_features`: hours in the place of seconds."
-    facts = {column: line[column] for column in ("dataset", "pieces", "rows")}
-    return facts | dict(hours=round(line["seconds"] / 3600, 2))

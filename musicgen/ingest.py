@@ -90,7 +90,7 @@ def _without_ending(origin: str) -> str:
     endings = r"\.(mid|midi|kar|rmi|mxl|xml|musicxml|abc|txt)(?=#|$)"
     return re.sub(endings, "", origin, flags=re.IGNORECASE)
 
-
+# %% ../nbs/01_ingest.ipynb #c1800003
 def _piece_name(origin: str, digest: str, names: set[str]) -> str:
     "A file name for a piece, none of `names` (in lower case). `digest`: the hash of its content."
     plain = safe_name(_without_ending(origin) + ".mid")[:-4]
@@ -156,7 +156,7 @@ def _describe(names: list[str], shown: int = 5) -> str:
     first, more = ", ".join(names[:shown]), ", ..." * (len(names) > shown)
     return f"{len(names)} other file{'s' * (len(names) != 1)} ({counts}: {first}{more})"
 
-
+# %% ../nbs/01_ingest.ipynb #c1800006
 def _why_none(source: Source, left_out: list[str], others: list[str]) -> str:
     "Why a source has no music."
     if left_out:
@@ -201,7 +201,7 @@ def _report(name: str, stamp: dict, others: list[str], is_new: bool, seconds: fl
         seconds=round(seconds, 1),
     )
 
-
+# %% ../nbs/01_ingest.ipynb #c1800009
 def _ingest_source(source: Source, layout: Layout, limit: int, workers: int) -> dict:
     "Makes the folder of a source, or keeps it when its stamp fits. The row of `_report`."
     start = time.monotonic()

@@ -38,7 +38,7 @@ def _plural(number: int, noun: str) -> str:
     "A number and what it counts: `1 file`, `2 files`."
     return f"{number} {noun}{'s' * (number != 1)}"
 
-
+# %% ../nbs/02_preprocess.ipynb #c1900002
 def _reason(row: dict, min_notes: int, max_parts: int) -> str:
     "Why the row of a file is rejected; empty when it is accepted."
     if "reason" in row:  # the readers have rejected it
@@ -56,7 +56,7 @@ def _fingerprint(row: dict) -> np.ndarray:
     "The fingerprint of a row of `scan_file`, which has it as hex digits: uint64."
     return np.frombuffer(bytes.fromhex(row["fingerprint"]), "<u8").astype(np.uint64)
 
-
+# %% ../nbs/02_preprocess.ipynb #c1900005
 def _find_pieces(
     rows: Iterable[tuple[str, dict]], min_notes: int, max_parts: int
 ) -> tuple[dict[str, str], dict[str, str]]:
@@ -105,7 +105,7 @@ def _known_places(layout: Layout, paths: list[str], journal: Journal) -> np.ndar
         print(f"preprocess: {count} known from a stopped run", flush=True)
     return places
 
-
+# %% ../nbs/02_preprocess.ipynb #c1900008
 def _read_all(
     layout: Layout, paths: list[str], journal: Journal, workers: int, timeout: float
 ) -> np.ndarray:

@@ -71,7 +71,7 @@ def safe_name(
     stem = re.sub(r"[^A-Za-z0-9_.]+", "-", plain).strip("-._")[-most:].strip("-._")
     return (stem or "piece") + re.sub(r"[^a-z0-9.]", "", suffix.lower())
 
-
+# %% ../../nbs/corpus/00_archives.ipynb #c1000003
 def printable_name(name: str) -> str:
     "A name for messages and tables: line breaks and bytes that are no text become question marks."
     text = name.encode("utf-8", "replace").decode("utf-8")
@@ -145,7 +145,7 @@ def _zip_kind(entry: zipfile.ZipInfo) -> str:
         return "link or device"
     return "locked file" if entry.flag_bits & 1 else "file"
 
-
+# %% ../../nbs/corpus/00_archives.ipynb #c1000005
 def _zip_members(archive: Path) -> Generator[Member, None, None]:
     "The members of a zip."
     with zipfile.ZipFile(archive) as z:
@@ -281,7 +281,7 @@ def _explain(stderr: IO[bytes], error: tarfile.TarError) -> Exception:
         return Rejection(line)
     return tarfile.ReadError(line.lstrip("\0") or str(error))
 
-
+# %% ../../nbs/corpus/00_archives.ipynb #c1000008
 def _seven_members(archive: Path, name: str) -> Generator[Member, None, None]:
     "The members of a 7z archive. Those that are no music and no archive have no content."
     if not importlib.util.find_spec("py7zr"):

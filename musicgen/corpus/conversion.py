@@ -51,7 +51,7 @@ class SourceFiles:
     others: tuple[str, ...] = ()  # names of members of an archive that are no music
     left_out: tuple[str, ...] = ()  # archives inside that were not opened, each with its reason
 
-
+# %% ../../nbs/corpus/08_conversion.ipynb #c1500002
 def _files_in(folder: Path) -> Files:
     "All files below a folder, by relative name."
     return [(p.relative_to(folder).as_posix(), p) for p in folder.rglob("*") if p.is_file()]
@@ -84,6 +84,17 @@ def _locate(source: Source, layout: Layout) -> tuple[Source, Path]:
         raise Rejection(f"the source {source.name!r} points at {path}, which does not exist")
     return source, path
 
+# %% ../../nbs/corpus/08_conversion.ipynb #c1500003
+def _unpack_or_delete(source: Source, archive: Path, folder: Path):
+    "The contents of an archive. A broken download of no known checksum is deleted."
+    try:
+        return unpack(archive, folder)
+    except Rejection as e:
+        if source.kind == "local" or source.sha256 or source.md5:
+            raise
+        archive.unlink()
+        raise Rejection(f"{e}; it was deleted, and the next run fetches it anew") from None
+
 # %% ../../nbs/corpus/08_conversion.ipynb #ab86b54b
 def _unpack_once(source: Source, archive: Path, layout: Layout) -> SourceFiles:
     "The files of an archive, unpacked into `data/external` unless they are there already."
@@ -100,17 +111,6 @@ def _unpack_once(source: Source, archive: Path, layout: Layout) -> SourceFiles:
         write_atomic(record, json.dumps(contents))
     files = [(name, folder / path) for path, name in contents["names"].items()]
     return SourceFiles(source, files, tuple(contents["others"]), tuple(contents["left_out"]))
-
-
-def _unpack_or_delete(source: Source, archive: Path, folder: Path):
-    "The contents of an archive. A broken download of no known checksum is deleted."
-    try:
-        return unpack(archive, folder)
-    except Rejection as e:
-        if source.kind == "local" or source.sha256 or source.md5:
-            raise
-        archive.unlink()
-        raise Rejection(f"{e}; it was deleted, and the next run fetches it anew") from None
 
 # %% ../../nbs/corpus/08_conversion.ipynb #415b74f2
 def find_files(
@@ -165,7 +165,7 @@ class Job(NamedTuple):
     content: Path | str  # the file; of a tune, its text
     ensemble: tuple[str, ...]  # instruments; none: those of the score
 
-
+# %% ../../nbs/corpus/08_conversion.ipynb #c1500008
 def _tunes(path: Path) -> list[tuple[int, str]]:
     "The tunes of an ABC file with their numbers, counted from what stands before the first as 0."
     texts = re.split(r"(?m)^(?=X:)", path.read_text("utf-8", "replace"))
@@ -200,7 +200,7 @@ def _convert_file(source: Source, reader: str, path: Path, ensemble: tuple[str, 
         read_musicxml(path.read_bytes(), ensemble, source.voices, source.tempo or 100)
     )
 
-
+# %% ../../nbs/corpus/08_conversion.ipynb #c150000c
 def convert(
     source: Source,
     job: Job,

@@ -44,7 +44,7 @@ def _header_text(header: Score) -> str:
     )
     return json.dumps(facts, separators=(",", ":"))
 
-
+# %% ../../nbs/corpus/04_dataset.ipynb #c1300002
 @lru_cache(4096)
 def _header_from(text: str) -> Score:
     "The score without notes that a text of `_header_text` describes."
@@ -208,7 +208,7 @@ def _random_bars(score: Score, rng: np.random.Generator) -> Score:
     first = int(rng.integers(max(len(lines) - BARS, 1)))
     return excerpt(score, int(lines[first]), int(lines[min(first + BARS, len(lines) - 1)]))
 
-
+# %% ../../nbs/corpus/04_dataset.ipynb #c1300004
 def _add_baseline(
     originality: Path,  # the index of originality
     corpus: Path,  # the array of rows

@@ -61,7 +61,7 @@ class _Note(NamedTuple):
     release: str = ""  # its ETag or its date; "": not known
     total: int = 0  # bytes of the whole; 0: not known
 
-
+# %% ../../nbs/corpus/06_download.ipynb #c1400002
 class _Part:
     "The first part of a download."
 
@@ -257,7 +257,7 @@ def _is_transient(error: BaseException) -> bool:
         return False
     return isinstance(error, _Interrupted | httpx.HTTPError)
 
-
+# %% ../../nbs/corpus/06_download.ipynb #c1400004
 def _reason(error: BaseException) -> str:
     "An error in a few words."
     import httpx

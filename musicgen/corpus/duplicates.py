@@ -40,9 +40,6 @@ def _are_similar(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (shared & (rank <= counted[:, None])).sum(1) >= np.maximum(SAME * counted, 1)
 
 # %% ../../nbs/corpus/03_duplicates.ipynb #0f899c88
-BLOCK = 4096  # rows that are read together
-
-
 class _Reordered:
     "Rows of a matrix in another order, copied when they are asked for."
 
@@ -57,6 +54,9 @@ class _Reordered:
 
 
 _Rows = np.ndarray | _Reordered
+
+# %% ../../nbs/corpus/03_duplicates.ipynb #c1200002
+BLOCK = 4096  # rows that are read together
 
 
 def _blocks(rows: _Rows) -> Iterator[tuple[int, np.ndarray]]:
@@ -267,7 +267,7 @@ def _distance(cluster: str, split: str) -> tuple[float, str]:
     low, high = SPLITS[split]
     return max(low - _position(cluster), _position(cluster) - high, 0.0), cluster
 
-
+# %% ../../nbs/corpus/03_duplicates.ipynb #c1200004
 def assign_splits(
     clusters: Iterable[str],
 ) -> dict[str, str]:

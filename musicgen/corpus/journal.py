@@ -28,7 +28,7 @@ def _row_modules() -> list[Path]:
     folder = Path(str(musicgen.__file__)).parent
     return sorted(path for pattern in ROW_CODE for path in folder.glob(pattern))
 
-
+# %% ../../nbs/corpus/09_journal.ipynb #c1600003
 def row_code() -> str:
     "A hash of the code that makes rows: 64 hex digits."
     total = hashlib.sha256(version("symusic").encode())
@@ -81,7 +81,7 @@ def row(self: Journal, place: int) -> dict:
     self.file.seek(place)
     return json.loads(self.file.readline())
 
-
+# %% ../../nbs/corpus/09_journal.ipynb #c1600006
 @patch
 def close(self: Journal, done: bool = False):
     "Closes the file, and removes it when the work is done."
@@ -89,7 +89,7 @@ def close(self: Journal, done: bool = False):
         self.path.unlink(missing_ok=True)
     self.file.close()
 
-# %% ../../nbs/corpus/09_journal.ipynb #de8018ef
+# %% ../../nbs/corpus/09_journal.ipynb #c1600007
 def _parse_row(line: bytes) -> dict:
     "The row of a line; empty when the line is none."
     try:
@@ -98,7 +98,7 @@ def _parse_row(line: bytes) -> dict:
         return {}
     return row if isinstance(row, dict) else {}
 
-
+# %% ../../nbs/corpus/09_journal.ipynb #de8018ef
 @patch
 def known(self: Journal) -> dict[str, int]:  # hash of the file -> place of the row
     "The rows that an earlier run has left. What follows half a line is cut off."

@@ -53,7 +53,7 @@ def write_scan(
         writer.writeheader()
         writer.writerows(table)
 
-
+# %% ../../nbs/corpus/10_scan.ipynb #c1700001
 def scan_rows(layout: Layout) -> Iterator[dict[str, str]]:
     "The rows of `scan.csv` as text, by path. Raises `Rejection` when there is no such file."
     if not layout.scan.exists():

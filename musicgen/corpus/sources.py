@@ -106,7 +106,7 @@ def _digest(path: Path, kind: str = "sha256") -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, kind).hexdigest()
 
-
+# %% ../../nbs/corpus/01_sources.ipynb #c1100003
 def mismatch(source: Source, path: Path) -> str:
     "How a file differs from what its source states; empty when it does not."
     size = path.stat().st_size
