@@ -133,15 +133,16 @@ body { background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sa
 h1, h2, h3 { font-weight: 500 } h1 { margin-bottom: .2rem }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem } h3 { font-size: 1rem; margin: 0 0 .3rem }
 p { margin: .4rem 0 } .soft, figcaption { color: var(--soft); font-size: .9rem }
-table { border-collapse: collapse; font-size: .9rem; width: 100%;
+table { border-spacing: 0; font-size: .9rem; width: 100%;
   font-variant-numeric: tabular-nums }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: right }
 th { font-weight: 500; color: var(--soft) } .wide { overflow-x: auto }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
   background: var(--page) }
-td:first-child { min-width: 6rem } td:not(:first-child) { white-space: nowrap }
+td:first-child { min-width: 5rem } td:not(:first-child) { white-space: nowrap }
 .wide + .wide { margin-top: 1.2rem }
-.left td, .left th { text-align: left } .left td { white-space: normal !important }
+.left td, .left th { text-align: left; min-width: 0 !important }
+.left td { white-space: normal !important }
 figure { margin: 1.4rem 0 } img { width: 100%; height: auto } a { color: inherit }
 .headline { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr));
   gap: .2rem 2.2rem; margin: 1.6rem 0 1rem }
