@@ -29,8 +29,10 @@ from .loader import LoadedModel
 from .request import Request
 from .span import default_density
 from .state import EnsembleState, opening_rows, part_features
-from ..model.context import RECALL_VALUE, Tables, controls, matching_recall
-from ..model.decoder import Decoder, GuidedDecoder, sample_value
+from ..model.choice import sample_value
+from ..model.decoder import Decoder, GuidedDecoder
+from ..model.ids import RECALL_VALUE, Tables, matching_recall
+from ..model.piece import controls
 from ..music.metrics import density
 from ..music.score import DURATION, PART, PITCH, VELOCITY
 from ..music.tokens import FIELDS, SHIFT, onsets_of
@@ -129,7 +131,7 @@ def _start_decoder(self: DecodingSession, model: LoadedModel) -> Decoder | Guide
     "A decoder that was given the controls and the ensemble; with a style, a guided one."
     state, plain = self.first_state, model.decoder(self.request.precision)
     piece = piece_controls(self.request, state.key, model.sources)
-    ids = [self.tables.told(values, state.ensemble) for values in piece]
+    ids = [self.tables.piece_ids(values, state.ensemble) for values in piece]
     decoder = GuidedDecoder(plain, STYLE_GUIDANCE) if self.request.style else plain
     decoder.start(1, *ids)
     return decoder
@@ -140,9 +142,12 @@ def _listen(
     self: DecodingSession, decoder: Decoder | GuidedDecoder, states: list[EnsembleState]
 ) -> np.ndarray:
     "One step of the LSTM from the states of n takes; int64 (n, 6): their recalled rows."
-    inputs, recalled = np.stack([s.inputs() for s in states]), [s.recall.told() for s in states]
+    inputs, recalled = (
+        np.stack([s.inputs() for s in states]),
+        [s.recall.continuation() for s in states],
+    )
     echo = np.array(recalled)
-    decoder.hear(self.tables.step(inputs, echo), np.array([s.sounding() for s in states]))
+    decoder.step(self.tables.step_ids(inputs, echo), np.array([s.sounding() for s in states]))
     return echo
 
 # %% ../../nbs/generation/10_decoding.ipynb #6f9b5af7
@@ -252,12 +257,12 @@ def _draw_shifts(self: DecodingSession, rows: _Rows):
 @patch
 def _draw_parts(self: DecodingSession, rows: _Rows, sounding: np.ndarray):
     "Draws the parts, and adds what is known of them to the inputs of the fields after them."
-    states, known, first_id = self.states, rows.known, self.tables.chosen_at
+    states, known, first_id = self.states, rows.known, self.tables.row_offsets
     for k, state in enumerate(states):
         known[k, 0], known[k, 1:3] = rows.values[k, SHIFT], state.position()
     known[:, :3] += first_id[:3]
     holds = rows.holds(PART)
-    parts = part_features(states, rows.values[:, SHIFT], holds) + self.tables.parts_at
+    parts = part_features(states, rows.values[:, SHIFT], holds) + self.tables.part_offsets
     scores = self.decoder.part_scores(parts, holds * [1, 0], known, sounding)
     self._draw(rows, PART, scores, holds, lambda k: allowed_parts(states[k]))
     for k, (state, part) in enumerate(zip(states, rows.values[:, PART].tolist())):

@@ -14,8 +14,9 @@ import numpy as np
 
 from .opening import EARLY_TICKS, opening_bar_lines
 from .request import Request
-from ..music.metrics import KEYS, find_key, parse_key
-from ..music.score import DRUMS, ONSET, Score
+from ..music.instruments import DRUMS
+from ..music.keys import KEYS, find_key, parse_key
+from ..music.score import ONSET, Score
 from ..music.smf import TICKS
 from ..music.tokens import Vocab
 

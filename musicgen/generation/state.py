@@ -16,29 +16,14 @@ from fastcore.basics import patch
 
 from .request import Request
 from .span import kept_score, key_of, span_of
-from musicgen.model.context import (
-    BARS_LEFT,
-    BEATS,
-    NO_PART,
-    NO_PITCH,
-    ensemble,
-    part_states,
-    recalled_part,
-    transposition_of,
-)
+from ..model.columns import BARS_LEFT, BEATS, NO_PART, NO_PITCH
+from ..model.context import part_states
+from ..model.ids import recalled_part
+from ..model.piece import ensemble, transposition_of
 from ..model.recall import RecallState
-from ..music.metrics import KEYS
-from musicgen.music.score import (
-    DRUMS,
-    ONSET,
-    PART,
-    PITCH,
-    PITCHES,
-    RANGES,
-    VELOCITY,
-    Part,
-    Score,
-)
+from ..music.instruments import DRUMS, RANGES
+from ..music.keys import KEYS
+from ..music.score import ONSET, PART, PITCH, PITCHES, VELOCITY, Part, Score
 from ..music.smf import TICKS
 from ..music.tokens import SHIFT, Vocab, encode, onsets_of
 
@@ -210,7 +195,7 @@ def advance(self: EnsembleState, shift: int):
         self.rows_in_bar = 0
     if shift == vocab.rest:
         self.last_row = (shift, 0, 0, 0, 0)
-        self.recall.hear(*self.last_row)
+        self.recall.update(*self.last_row)
 
 # %% ../../nbs/generation/06_state.ipynb #3f94d04b
 @patch
@@ -224,7 +209,7 @@ def add_note(self: EnsembleState, shift: int, part: int, pitch: int, duration: i
         self.class_steps[pitch % 12] += duration
     self.turn, self.rows_in_bar = (part, pitch), self.rows_in_bar + 1
     self.last_row = (shift, part, pitch, duration, velocity)
-    self.recall.hear(*self.last_row)
+    self.recall.update(*self.last_row)
     self.notes.append((self.now, part, pitch, duration, velocity))
 
 # %% ../../nbs/generation/06_state.ipynb #82c6212b
