@@ -20,7 +20,7 @@ import numpy as np
 from .core import Layout, Rejection, write_atomic
 from .corpus.duplicates import assign_splits, find_clusters, split_of, stack_fingerprints
 from .corpus.journal import Journal
-from .corpus.readers import file_hash, scan_file, scan_files
+from .corpus.readers import file_hash, scan_files
 from musicgen.corpus.scan import (
     ACCEPTED,
     GROOVES,

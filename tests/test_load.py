@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from musicgen.bench.load import Load, press, serving
+from musicgen.bench.load import Load, send_requests, serving
 from musicgen.core import Layout
 from musicgen.generation.generate import generate
 from musicgen.generation.loader import open_model
@@ -46,8 +46,8 @@ def test_many_clients_are_all_served(untrained, expected, monkeypatch):
     monkeypatch.setenv("MUSICGEN_API_PLAYERS", "2")
     monkeypatch.setenv("MUSICGEN_API_QUEUE", "4")
     with serving(untrained) as (address, process):
-        burst = press(address, expected, clients=60)
-        longer = press(address, expected, clients=5, seconds=3, pid=process.pid)
+        burst = send_requests(address, expected, clients=60)
+        longer = send_requests(address, expected, clients=5, seconds=3, pid=process.pid)
     assert burst.wrong == longer.wrong == [] and len(burst.waits) == 60
     assert burst.later > 0, "nobody had to come again: the queue has no limit"
     assert len(longer.waits) > 10 and longer.later == 0 and len(longer.held) >= 2
@@ -58,7 +58,7 @@ def test_wrong_bytes_and_lost_answers_are_counted(untrained, expected):
     "What the load test reports of a service that mixes up its clients, and of one that is gone."
     other = dict(zip(expected, [*expected.values()][1:] + [*expected.values()][:1], strict=True))
     with serving(untrained) as (address, _):
-        mixed = press(address, other, clients=len(other))
+        mixed = send_requests(address, other, clients=len(other))
     assert len(mixed.wrong) == len(other) and "other bytes" in mixed.wrong[0]
-    gone = press(address, expected, clients=2)
+    gone = send_requests(address, expected, clients=2)
     assert len(gone.wrong) == 2 and "lost" in gone.wrong[0]

@@ -19,7 +19,7 @@ import numpy as np
 from .figures import Figure, private_bytes
 from ..core import Layout, sandbox
 from ..music.edit import transpose
-from ..music.midi import read_midi, write_midi
+from ..music.midi import write_midi
 from ..music.score import DURATION, ONSET, Score
 
 # %% ../../nbs/bench/05_growth.ipynb #d14323c2
