@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from models import write_untrained
 
-from musicgen.bench.promises import broken_promises, promises, random_score, random_request
+from musicgen.bench.promises import broken_promises, promises, random_request, random_score
 from musicgen.core import SHIPPED_MODEL, Layout
 from musicgen.generation.generate import generate
 from musicgen.generation.loader import read_model
@@ -28,7 +28,9 @@ def test_an_untrained_model_keeps_them_too(tmp_path, seed):
     for k in range(25):
         fields = random_request(rng)
         if k % 2:
-            fields = dict(opening=write_midi(random_score(rng)), seed=k, bars=int(rng.integers(1, 4)))
+            fields = dict(
+                opening=write_midi(random_score(rng)), seed=k, bars=int(rng.integers(1, 4))
+            )
         request = Request.from_dict(fields)
         for take in generate(model, request):
             assert broken_promises(take, request, model) == [], fields

@@ -6,6 +6,7 @@ is checked in which each such function is in the body of its class.
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,36 +22,40 @@ def is_patch(node: ast.AST) -> bool:
     return any(name == "patch" or name.startswith("patch(") for name in names)
 
 
+def _method(lines: list[str], node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    "The lines of a patched function as those of a method."
+    kinds = {
+        "patch": "",
+        "patch(as_prop=True)": "@property",
+        "patch(cls_method=True)": "@classmethod",
+    }
+    decorators = [ast.unparse(d) for d in node.decorator_list]
+    head = [kinds.get(d, f"@{d}") for d in decorators]
+    first = node.args.args[0]
+    owner = ast.unparse(first.annotation) if first.annotation else ""
+    body = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+    body = re.sub(rf"\b{first.arg}: ['\"]?{re.escape(owner)}['\"]?", first.arg, body, count=1)
+    return ["", *(f"    {line}" for line in [*filter(None, head), *body.split("\n")])]
+
+
 def fold(source: str) -> str:
-    "The module with every patched function inside its class, at the end of the body."
-    tree = ast.parse(source)
+    "The module with every patched function inside its class, at the end of the class's body."
+    tree, lines = ast.parse(source), source.split("\n")
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    left = []
+    methods: dict[str, list[str]] = {}
     for node in tree.body:
         if not (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and is_patch(node)):
-            left.append(node)
             continue
-        first = node.args.args[0]
-        owner = (
-            classes.get(ast.unparse(first.annotation).strip("'\"")) if first.annotation else None
-        )
-        if owner is None:
-            left.append(node)
-            continue
-        kept = []
-        for decorator in node.decorator_list:
-            text = ast.unparse(decorator)
-            if text == "patch(as_prop=True)":
-                kept.append(ast.Name("property", ast.Load()))
-            elif text == "patch(cls_method=True)":
-                kept.append(ast.Name("classmethod", ast.Load()))
-            elif text != "patch":
-                kept.append(decorator)
-        node.decorator_list = kept
-        first.annotation = None
-        owner.body.append(node)
-    tree.body = left
-    return ast.unparse(ast.fix_missing_locations(tree))
+        annotation = node.args.args[0].annotation
+        owner = ast.unparse(annotation).strip("'\"") if annotation else ""
+        if owner in classes:
+            methods.setdefault(owner, []).extend(_method(lines, node))
+            for k in range(node.decorator_list[0].lineno - 1, node.end_lineno or 0):
+                lines[k] = ""
+    for name in sorted(methods, key=lambda name: -(classes[name].end_lineno or 0)):
+        end = classes[name].end_lineno or 0
+        lines[end:end] = methods[name]
+    return "\n".join(lines)
 
 
 def main(modules: list[str]) -> int:

@@ -71,6 +71,7 @@ class _NotRelative(_NoIntervals):
     def __init__(self, config: MusicLSTMConfig):
         super().__init__(config)
         in_head = self.head("pitch").interval_features
+        assert in_head is not None
         for layer in (self.interval_features, self.harmonic_interval, in_head):
             layer.weight.requires_grad_(False).zero_()
 

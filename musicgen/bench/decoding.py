@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -128,7 +128,7 @@ def _take_seconds(model: LoadedModel, rounds: int, bars: int) -> dict[str, float
     ways: dict[str, Callable[[], Any]] = {
         "one": lambda: generate(model, one),
         "torch": lambda: generate(torch_model, one),
-        "first of eight": lambda: generate(model, replace(eight, takes=1)),
+        "first of eight": lambda: generate(model, eight.replace(takes=1)),
         "eight": lambda: generate(model, eight),
         "sound": sound,
     }
@@ -184,12 +184,12 @@ def take_figures(
 FIRST_NOTE = """
 import sys
 from pathlib import Path
-from musicgen.generation.generate import _Player
+from musicgen.generation.decoding import DecodingSession
 from musicgen.generation.loader import read_model
 from musicgen.generation.request import Request
-player = _Player(read_model(Path(sys.argv[1])), Request())
-player.begin([0])
-while not player.bands[0].notes: player.step()
+session = DecodingSession(read_model(Path(sys.argv[1])), Request())
+session.begin([0])
+while not session.states[0].notes: session.step()
 """
 
 
@@ -212,7 +212,7 @@ def _int8_figure(decoders: dict[str, Decoder], takes: int, rounds: int, steps: i
     ways = {}
     for precision, decoder in decoders.items():
         decoder.start(takes, PIECE_IDS[:1])
-        ways[precision] = _repeat(lambda decoder=decoder: decoder.step(*inputs), steps)
+        ways[precision] = _repeat(partial(decoder.step, *inputs), steps)
     with threadpool_limits(1, "blas"):
         seconds = time_pairs(ways, rounds)
     beside = f"{takes} take{'s' * (takes > 1)}"

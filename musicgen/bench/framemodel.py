@@ -172,7 +172,9 @@ class FrameLSTM(MusicLSTM):
         outside = (pitch < LOWEST) | (pitch >= LOWEST + KEYS)
         rising = same_frame[:, None] & (pitch >= before[:, None])
         shift = torch.arange(scores["shift"].shape[1], device=before.device)
-        full = (before <= LOWEST)[:, None] & (shift == 0)  # below the lowest key there is nothing
+        full = torch.le(before, LOWEST)[:, None] & (
+            shift == 0
+        )  # below the lowest key there is nothing
         scores["pitch"] = scores["pitch"].masked_fill(outside | rising, -1e9)
         scores["shift"] = scores["shift"].masked_fill(full, -1e9)
         return scores

@@ -34,11 +34,10 @@ def _stretch(score: Score, factor: float) -> Score:
     "The score with every time `factor` times as long."
     notes = _scale_column(score.notes, [ONSET, DURATION], factor)
     notes[:, DURATION] = np.maximum(notes[:, DURATION], 1)
-    maps = {
-        name: _scale_column(getattr(score, name), [0], factor)
-        for name in ("tempos", "metres", "keys")
-    }
-    return Score(notes, score.parts, ticks=score.ticks, **maps)
+    tempos, metres, keys = (
+        _scale_column(changes, [0], factor) for changes in (score.tempos, score.metres, score.keys)
+    )
+    return Score(notes, score.parts, ticks=score.ticks, tempos=tempos, metres=metres, keys=keys)
 
 # %% ../../nbs/bench/05_growth.ipynb #623ee2bb
 def write_variants(

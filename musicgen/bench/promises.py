@@ -219,13 +219,14 @@ def _span(score: Score, request: Request, first: int) -> tuple[int, int, int]:
 def _promised_bars(request: Request, first: int) -> int:
     "How many bars the score shall have; bars that are drawn again do not change the number."
     if request.redraw:
-        return len(opening_bar_lines(request.begun)) - 1
+        assert request.opening_score is not None
+        return len(opening_bar_lines(request.opening_score)) - 1
     return first + request.bars
 
 # %% ../../nbs/bench/11_promises.ipynb #1b3f422d
 def _opening_problems(score: Score, request: Request, begin: int, end: int) -> list[str]:
     "Notes of the opening that are lost, and new notes outside the new bars."
-    kept = kept_score(request).notes.tolist() if request.begun else []
+    kept = kept_score(request).notes.tolist() if request.opening_score else []
     notes = set(map(tuple, score.notes.tolist()))
     new = np.array(sorted(notes - set(map(tuple, kept)))).reshape(-1, 5)
     outside = int(((new[:, ONSET] < begin) | (new[:, ONSET] + new[:, DURATION] > end)).sum())

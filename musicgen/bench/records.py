@@ -134,7 +134,7 @@ def _add_row(
     key = (name, seed, asdict(setting))
     if any((row["set"], row["seed"], row["setting"]) == key for row in rows):
         return rows
-    row = _train(layout, name, path, setting, seed) | costs | _published(name)
+    row = _train(layout, name, path, setting, seed) | dict(costs) | _published(name)
     print(f"records: {name}, seed {seed}: {row['test']:.2f} nats per frame", flush=True)
     return [r for r in rows if (r["set"], r["seed"]) != (name, seed)] + [row]
 

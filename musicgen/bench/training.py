@@ -111,7 +111,7 @@ def transformer_like(
 ) -> MusicLSTM:
     "A `MusicLSTM` whose stack is a causal Transformer of about as many parameters."
     model = MusicLSTM(config)
-    model.stack = TransformerStack(config, length)
+    model.stack = TransformerStack(config, length)  # type: ignore[assignment]
     return model
 
 # %% ../../nbs/bench/02_training.ipynb #50243052
