@@ -40,6 +40,7 @@ SLOW_FILES = (
 SLOW_NOTEBOOKS = ("tutorials/", "bench/", "tune", "train", "evaluate", "test", "services")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """The tests of a file share its fixtures and run in one process, and notebooks run one by one.
 
