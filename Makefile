@@ -149,7 +149,7 @@ lab: .venv/check-ready
 	@$(VENV) -m jupyterlab nbs
 
 # every notebook is a test too; two processes share them all, and the ten slowest are printed
-PYTEST := OMP_NUM_THREADS=1 $(VENV) -m pytest tests -n 2 --dist loadgroup --durations 10
+PYTEST := OMP_NUM_THREADS=1 $(VENV) -m pytest tests -n 2 --dist loadscope --no-loadscope-reorder --durations 10
 check: .venv/check-ready
 	@$(PYTEST)
 quick: .venv/check-ready

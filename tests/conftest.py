@@ -37,23 +37,14 @@ SLOW_FILES = (
     "test_evaluation",
     "test_style",
 )
-SLOW_NOTEBOOKS = ("tutorials/", "bench/", "tune", "train", "evaluate", "test", "services")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """The tests of a file share its fixtures and run in one process, and notebooks run one by one.
-
-    Files of `SLOW_FILES` come first and are marked slow, and so are some notebooks."""
-    for item in items:
-        file = Path(item.fspath).stem
-        name = item.callspec.id if file == "test_notebooks" else file
-        item.add_marker(pytest.mark.xdist_group(name))
-        if file in SLOW_FILES or (
-            file == "test_notebooks" and any(word in name for word in SLOW_NOTEBOOKS)
-        ):
-            item.add_marker(pytest.mark.slow)
+    "Files of `SLOW_FILES` come first and are marked slow; `make check` gives each to one process."
     order = {name: k for k, name in enumerate(SLOW_FILES)}
+    for item in items:
+        if Path(item.fspath).stem in order:
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: order.get(Path(item.fspath).stem, len(order)))
 
 
