@@ -128,7 +128,7 @@ def measure_forgetting(
             flush=True,
         )
         return record
-    requests = [replace(request, temperature=1.0) for request in varied_requests(count, 0)]
+    requests = [request.replace(temperature=1.0) for request in varied_requests(count, 0)]
     takes = [generate(initial, request)[0] for request in requests]
     pieces = [make_piece(take.score, model.config.vocab) for take in takes]
     own, after = (loss_on(m, pieces)["total"] for m in (load_model(path)[0], model))

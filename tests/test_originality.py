@@ -167,9 +167,9 @@ def test_a_draw_is_fair_and_the_same_again(monkeypatch):
     monkeypatch.setattr(dataset, "HELD_OUT", 20)
     draws = []
     for _ in range(2):
-        draws.append(dataset._Draw())
+        draws.append(dataset._Reservoir())
         for k in range(1000):
-            draws[-1].show(k)
+            draws[-1].offer(k)
     assert draws[0] == draws[1] and len(set(draws[0])) == 20 and 300 < np.mean(draws[0]) < 700
 
 

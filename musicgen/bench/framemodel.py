@@ -167,7 +167,7 @@ class FrameLSTM(MusicLSTM):
         scores = super().scores(h, batch)
         offset = int(_TABLES.input_offsets[PITCH_BEFORE])
         before = batch.inputs.flatten(0, 1)[:, PITCH_BEFORE] - offset  # NO_PITCH at the start
-        same_frame = batch.row.flatten(0, 1)[:, 0] == int(_TABLES.row_offsets[0])
+        same_frame = torch.eq(batch.row.flatten(0, 1)[:, 0], int(_TABLES.row_offsets[0]))
         pitch = torch.arange(PITCHES, device=before.device)
         outside = (pitch < LOWEST) | (pitch >= LOWEST + KEYS)
         rising = same_frame[:, None] & (pitch >= before[:, None])
@@ -236,7 +236,7 @@ def frame_nats(
 ) -> Callable[[MusicLSTM], float]:
     "A function for `fit`: the nats per frame of a model on these sequences."
     ids = [frame_ids(roll) for roll in rolls]
-    empty = [int(np.argmax(np.append(roll.any(1)[::-1], True))) for roll in rolls]
+    empty = [int(np.argmax(np.append(np.any(roll, axis=1)[::-1], True))) for roll in rolls]
     frames = sum(len(roll) - 1 for roll in rolls)
 
     def loss_of(model: MusicLSTM) -> float:
