@@ -277,9 +277,12 @@ def _svg(xml: bytes) -> bytes:
     import verovio
 
     verovio.enableLog(verovio.LOG_OFF)
-    toolkit = verovio.toolkit()
-    toolkit.setOptions(_ENGRAVING)
-    if not toolkit.loadData(xml.decode()):
+    for _ in range(3):  # loading has failed now and then for scores that load the next time
+        toolkit = verovio.toolkit()
+        toolkit.setOptions(_ENGRAVING)
+        if toolkit.loadData(xml.decode()):
+            break
+    else:
         raise Rejection("verovio cannot engrave this score")
     return toolkit.renderToSVG(1).encode()
 
